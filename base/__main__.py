@@ -1,0 +1,41 @@
+"""``python -m base TOOL …``: one entry for every command of the project."""
+
+import importlib
+import sys
+
+from base.errors import UserError
+
+TOOLS = {
+    "train": ("base.launch", "train and evaluate a detector (what run_training.sh calls)"),
+    "config": ("base.tools.config", "print a resolved configuration and where each value comes from"),
+    "evaluate": ("base.tools.evaluate", "the 12 COCO figures of a checkpoint"),
+    "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
+    "demo-data": ("base.tools.demo_data", "draw the embedded demo data set"),
+    "index": ("base.tools.index", "pack a data set's annotations and report what was dropped or mended"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, TOOLS))
+    return "usage: python -m base TOOL …\n\n" + "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in TOOLS.items())
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in TOOLS:
+        print(f"error: no tool is called {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(TOOLS[name][0]).main(rest) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

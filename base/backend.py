@@ -1,0 +1,137 @@
+"""Backends: folders found by name, each with a ``backend.py`` that defines ``BACKEND``.
+
+Design after tinygrad's ``device.py`` (a backend is a file found by its name) and torchtitan's ``train_spec.py`` (a frozen
+record of callables).
+"""
+
+import importlib
+import inspect
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from base import contracts
+from base.backends import backend_folder, list_backends, nearest
+from base.errors import UserError
+
+__all__ = ["Backend", "backend_folder", "list_backends", "load_backend", "nearest"]
+
+CONTRACTS = {
+    "train_loader": contracts.MakeTrainLoader,
+    "eval_loader": contracts.MakeEvalLoader,
+    "model": contracts.MakeModel,
+    "matcher": contracts.Matcher,
+    "loss": contracts.Loss,
+    "step": contracts.MakeStep,
+    "optimizer": contracts.MakeOptimizer,
+    "decoder": contracts.Decoder,
+    "evaluator": contracts.MakeEvaluator,
+}
+SLOTS = tuple(CONTRACTS)
+ALIASES = {"loader": ("train_loader", "eval_loader")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """What one folder brings. A slot left out comes from the backend that it ``extends``.
+
+    ``device`` is a torch device type, or ``auto``: the machine's accelerator if it has one, else the CPU.
+    ``distributed`` is a torch.distributed backend, or ``auto``: the one that torch has for the device.
+    The folder's ``requirements.txt`` and ``build.py``, if there, are what ``prepare.py`` installs and builds.
+    """
+
+    name: str
+    device: str = "auto"
+    distributed: str = "auto"
+    extends: str | None = "reference"
+    train_loader: Callable[..., contracts.Loader] | None = None
+    eval_loader: Callable[..., contracts.Loader] | None = None
+    model: Callable | None = None
+    matcher: Callable[..., contracts.Targets] | None = None
+    loss: Callable | None = None
+    step: Callable[..., contracts.Step] | None = None
+    optimizer: Callable | None = None
+    decoder: Callable[..., list[contracts.Detections]] | None = None
+    evaluator: Callable[..., contracts.Evaluator] | None = None
+    suppliers: Mapping[str, str] = field(default_factory=dict, repr=False)  # slot → backend; filled in by load_backend
+
+
+def load_backend(name: str, use: Mapping[str, str] | None = None) -> Backend:
+    """The backend ``name`` with every slot filled, and ``suppliers`` saying from which folder.
+
+    ``use`` swaps single slots, such as ``{"loss": "reference"}``; ``loader`` stands for both loaders.
+    Raises UserError if a folder is missing or broken, naming file, line and fix.
+    """
+    own = _record(name, ())
+    for slot, supplier in _spread(use or {}).items():
+        other = _record(supplier, ())
+        own = replace(own, **{slot: getattr(other, slot)}, suppliers={**own.suppliers, slot: other.suppliers[slot]})
+    return replace(own, suppliers=MappingProxyType(dict(own.suppliers)))
+
+
+def _spread(use: Mapping[str, str]) -> dict[str, str]:
+    spread = {}
+    for slot, supplier in use.items():
+        if slot not in SLOTS and slot not in ALIASES:
+            raise UserError(f"no component is called {slot!r}{nearest(slot, [*ALIASES, *SLOTS])}")
+        spread.update(dict.fromkeys(ALIASES.get(slot, (slot,)), supplier))
+    return spread
+
+
+def _record(name: str, children: tuple[str, ...]) -> Backend:
+    """``BACKEND`` of the folder, its empty slots filled from what it extends."""
+    if name in children:
+        raise UserError(f"backends extend each other in a ring: {' → '.join((*children, name))}")
+    folder = backend_folder(name)
+    own = _import(name, folder)
+    if not isinstance(own, Backend) or own.name != name:
+        raise UserError(f"{folder}/backend.py must define BACKEND = Backend(name={name!r}, …), and has {own!r}")
+    mine = {slot: getattr(own, slot) for slot in SLOTS if getattr(own, slot) is not None}
+    for slot, component in mine.items():
+        _check_signature(folder, slot, component)
+    if own.extends is None:
+        if missing := [slot for slot in SLOTS if slot not in mine]:
+            raise UserError(f"{folder}/backend.py extends nothing and lacks {', '.join(missing)}; add them or extends='reference'")
+        return replace(own, suppliers=dict.fromkeys(SLOTS, name))
+    parent = _record(own.extends, (*children, name))
+    merged = {slot: mine.get(slot, getattr(parent, slot)) for slot in SLOTS}
+    return replace(own, **merged, suppliers={**parent.suppliers, **dict.fromkeys(mine, name)})
+
+
+def _import(name: str, folder: Path):
+    try:
+        return getattr(importlib.import_module(f"base.backends.{name}.backend"), "BACKEND", None)
+    except ModuleNotFoundError as error:
+        where = _line_in(folder, error)
+        if error.name and error.name.startswith("base.backends."):
+            raise UserError(f"{where}: there is no module {error.name}") from error
+        raise UserError(
+            f"{where}: backend {name!r} needs the package {error.name!r}, which is not installed: python3 prepare.py --name {name}"
+        ) from error
+    except (ImportError, SyntaxError, TypeError, NameError, AttributeError, ValueError) as error:
+        known = f" (fields of Backend: {', '.join(f.name for f in fields(Backend))})" if isinstance(error, TypeError) else ""
+        raise UserError(f"{_line_in(folder, error)}: backend {name!r} cannot be imported: {error}{known}") from error
+
+
+def _line_in(folder: Path, error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(folder)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else f"{folder}/backend.py"
+
+
+def _check_signature(folder: Path, slot: str, component: Callable) -> None:
+    """Refuses a component that cannot be called as the contract says, before a run starts."""
+    if not callable(component):
+        raise UserError(f"{folder}/backend.py: component {slot!r} is {component!r}, which cannot be called")
+    wanted = list(inspect.signature(CONTRACTS[slot].__call__).parameters.values())[1:]  # without self
+    positional = [p.name for p in wanted if p.kind is not p.KEYWORD_ONLY and p.default is p.empty]
+    keywords = [p.name for p in wanted if p.name not in positional]
+    signature = inspect.signature(component)
+    try:
+        signature.bind(*positional, **dict.fromkeys(keywords))
+    except TypeError as error:
+        form = ", ".join([*positional, *(f"{k}=…" for k in keywords)])
+        raise UserError(f"{folder}: component {slot!r}{signature} cannot be called as {slot}({form}): {error}") from error

@@ -1,0 +1,160 @@
+"""Checkpoints: written whole or not at all, read by safe means, resumed exactly."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base.config import Config
+from base.errors import UserError
+from base.weights import from_mlperf, is_mlperf, read_tensors
+
+FORMAT = 1
+ARCHITECTURE = ("backbone", "image_size", "strides")  # keys of the configuration that fix the shape of the weights
+NAME = re.compile(r"step-(\d{9})\.pt")
+
+
+@dataclass
+class Progress:
+    """Where a run is; what the loop needs to go on, and the records to be cut back to."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0  # of training and evaluation so far
+    train_seconds: float = 0.0  # of which not evaluation or checkpoints
+    evaluations: list[dict] = field(default_factory=list)  # {"epoch": …, "AP": …, …}
+    record_bytes: dict[str, int] = field(default_factory=dict)  # length of each record file at this point
+
+    @property
+    def best(self) -> dict | None:
+        """The evaluation with the highest AP."""
+        return max(self.evaluations, key=lambda figures: figures["AP"], default=None)
+
+
+def pack(config: Config, progress: Progress, categories: dict, model, optimizer, step, loaders: list) -> dict:
+    """Everything a checkpoint holds, on the CPU. ``loaders``: one state a rank, or nothing."""
+    return {
+        "format": FORMAT,
+        "config": config.model_dump(mode="json"),
+        "progress": asdict(progress),
+        "categories": categories,
+        "model": _on_cpu(model.state_dict()),
+        "optimizer": _on_cpu(optimizer.state_dict()),
+        "step": _on_cpu(step.state_dict()),
+        "loaders": loaders,
+    }
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_on_cpu(item) for item in value]
+    return value
+
+
+def write(path: Path, content: dict) -> None:
+    """Writes a checkpoint under a temporary name, forces it to the disk, then renames it: a crash leaves the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise UserError(f"checkpoint {path} could not be written ({error}); {free:.0f} MiB are free; the earlier ones are whole") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces a rename in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def step_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies."""
+    return run / "checkpoints" / f"step-{step:09d}.pt"
+
+
+def listed(run: Path) -> list[Path]:
+    """The step checkpoints of a run, latest first."""
+    return sorted((p for p in (run / "checkpoints").glob("step-*.pt") if NAME.fullmatch(p.name)), reverse=True)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the latest ``keep``, and what a killed writer left behind."""
+    for path in listed(run)[keep:]:
+        path.unlink()
+    for path in (run / "checkpoints").glob(".*.tmp"):
+        path.unlink()
+
+
+def read(path: Path) -> dict:
+    """A checkpoint of this project, checked. Raises UserError."""
+    content = read_tensors(path)
+    if not isinstance(content, dict) or "format" not in content:
+        raise UserError(f"{path} is not a checkpoint of this project")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {content['format']!r}; this version reads {FORMAT}")
+    if missing := {"config", "progress", "categories", "model", "optimizer", "step", "loaders"} - content.keys():
+        raise UserError(f"{path} is not a whole checkpoint: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def latest(run: Path, log: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """The latest readable checkpoint of a run; one that is damaged is named in the log and the one before it taken."""
+    if not run.is_dir():
+        raise UserError(f"run folder {run} does not exist")
+    problems = []
+    for path in listed(run):
+        try:
+            return path, read(path)
+        except UserError as error:
+            problems.append(str(error))
+            log(f"{error}; trying the one before it")
+    if problems:
+        raise UserError(f"no checkpoint of {run} can be read: {'; '.join(problems)}")
+    return None
+
+
+def load_model(model: torch.nn.Module, content: dict, path: Path, config: Config | None = None) -> None:
+    """Puts a checkpoint's weights into a model of the same architecture. Raises UserError naming the first difference."""
+    if config is not None:
+        stored = content["config"]
+        here = config.model_dump(mode="json")
+        if different := [key for key in ARCHITECTURE if stored.get(key) != here[key]]:
+            key = different[0]
+            earlier = [p.name for p in listed(path.parent.parent) if p.name < path.name]
+            hint = f"; an earlier one is {path.parent / earlier[0]}" if earlier else ""
+            raise UserError(f"{path} belongs to another architecture: {key} {stored.get(key)!r} instead of {here[key]!r}{hint}")
+    load_weights(model, content["model"], path)
+
+
+def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
+    """A state dict of this project or of the MLPerf reference into a model."""
+    state = from_mlperf(state) if is_mlperf(state) else state
+    wanted = model.state_dict()
+    for name in [*wanted, *state]:
+        if name not in state or name not in wanted:
+            raise UserError(f"{path} belongs to another architecture: it {'lacks' if name in wanted else 'has'} {name!r}")
+        if not isinstance(state[name], torch.Tensor) or state[name].shape != wanted[name].shape:
+            shape = tuple(getattr(state[name], "shape", ()))
+            raise UserError(
+                f"{path} belongs to another architecture or number of classes: {name} {shape} instead of {tuple(wanted[name].shape)}"
+            )
+    model.load_state_dict(state)

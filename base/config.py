@@ -1,0 +1,260 @@
+"""The configuration of a run: one schema, with every default and its unit, and where each value comes from.
+
+A configuration file is YAML with a few of the schema's keys and ``extends:`` for its parent. It is data: read by a safe
+loader without aliases, never executed. Files are looked up as ``<backend>/config/<name>.yaml``, then ``base/recipes/<name>.yaml``.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from base.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+COUNTS = re.compile(r".*?[a-zA-Z0-9]x(?P<nodes>\d+)x(?P<devices>\d+)")  # <accelerator>x<nodes>x<devices per node>
+LARGEST_FILE = 1 << 16  # bytes
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Config(BaseModel):
+    """Everything that decides what a run does. Frozen; unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    # Where it runs
+    nodes: Count = 1  # machines
+    devices: Count = 1  # devices, and so processes, on each machine
+    device: str = "auto"  # torch device type; auto: what the backend asks for, by default the accelerator if there is one
+    use: dict[str, str] = {}  # components taken from another backend: slot → backend
+    timeout: Count = 1800  # seconds that ranks wait for each other before the run fails
+
+    # Model
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet34"
+    backbone_path: str | None = None  # torchvision weights of the backbone; null: random initial weights
+    image_size: tuple[Count, Count] = (300, 300)  # pixels: height, width
+    strides: tuple[Count, Count, Count, Count, Count, Count] = (1, 1, 2, 2, 2, 1)  # offset heads, class heads, four blocks
+
+    # Data
+    data_dir: str | None = None  # folder in COCO's layout; the next four are relative to it
+    train_images: str = "train2017"
+    train_annotations: str = "annotations/instances_train2017.json"
+    val_images: str = "val2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    workers: NotNegative = 4  # loader processes of each rank; 0: in the rank itself
+    max_samples: Count = 1  # tries of each crop rule (MLPerf allows 1 or 50)
+    skip_bad_images: bool = False  # go on without images that cannot be read, up to 1 % of them
+
+    # Recipe
+    seed: NotNegative = 1
+    epochs: Count = 70
+    max_steps: Count | None = None  # end after so many steps, whatever the epochs
+    batch_size: Count = 32  # images a device and step
+    gradient_accumulation: Count = 1  # parts in which a device computes its batch
+    learning_rate: Rate = 2.5e-3  # before scaling
+    learning_rate_scaling: Literal["linear", "whole", "none"] = "linear"  # see base/schedule.py
+    warmup_epochs: Rate | None = None  # length of the warm-up in epochs …
+    warmup_steps: NotNegative | None = None  # … or in steps
+    warmup_factor: NotNegative = 0  # the first rate is rate · (1 - 2^-factor) + …; 0 starts at 0
+    decay_epochs: tuple[Count, ...] = (40, 50)  # after these epochs the rate falls
+    decay_factor: Share = 0.1  # … to this part
+    momentum: Share = 0.9
+    weight_decay: Rate = 5e-4
+
+    # Evaluation
+    target: Share | None = 0.23  # AP at which training ends; null: train all epochs
+    eval_every: NotNegative = 5  # evaluate after every so many epochs; 0: only after eval_epochs and the last
+    eval_epochs: tuple[Count, ...] = ()  # … and after these epochs
+    eval_batch_size: Count = 32  # images a device
+    score_threshold: Share = 0.05
+    iou_threshold: Share = 0.5  # of non-maximum suppression
+    max_detections: Count = 200  # an image
+
+    # Records
+    runs_dir: str = "runs"  # where a run makes its folder
+    log_every: Count = 10  # steps
+    checkpoint_every: NotNegative = 0  # steps; a checkpoint is written after each epoch in any case
+    keep_checkpoints: Count = 2  # the last so many are kept, beside the best
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Config":
+        problems = []
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            problems.append(
+                f"warmup_epochs {self.warmup_epochs} and warmup_steps {self.warmup_steps} are both set; keep one, set the other null"
+            )
+        if self.batch_size % self.gradient_accumulation:
+            problems.append(
+                f"batch_size {self.batch_size} cannot be divided into gradient_accumulation {self.gradient_accumulation} equal parts"
+            )
+        for key in ("decay_epochs", "eval_epochs"):
+            if list(getattr(self, key)) != sorted(set(getattr(self, key))):
+                problems.append(f"{key} {list(getattr(self, key))} must rise")
+        for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
+            if Path(getattr(self, key)).is_absolute() or ".." in Path(getattr(self, key)).parts:
+                problems.append(f"{key} {getattr(self, key)!r} must lie within data_dir")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole run."""
+        return self.nodes * self.devices
+
+    @property
+    def global_batch(self) -> int:
+        """Images of one step over all devices."""
+        return self.world_size * self.batch_size
+
+    def path(self, key: str) -> Path:
+        """One of the four data paths, within ``data_dir``."""
+        return Path(self.data_dir or "", getattr(self, key))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and, for each key, the file or flag that set it."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases and repeated keys; 1e-3 is a number, as in YAML 1.2."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=node.value[number][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def resolve(folder: Path, name: str, overrides: Mapping[str, Any] | None = None) -> Resolved:
+    """The configuration ``name`` of the backend in ``folder``, with ``overrides`` (key → value) from the command line.
+
+    Raises UserError naming key, file and fix for anything that is not as the schema says.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for path in reversed(_chain(folder, name)):
+        for key, value in _read(path).items():
+            if key != "extends":
+                values[key], sources[key] = value, str(path)
+    if counts := COUNTS.fullmatch(name):
+        named, stated = (int(counts["nodes"]), int(counts["devices"])), (values.get("nodes", 1), values.get("devices", 1))
+        if stated != named:
+            raise UserError(f"{_find(folder, name)} says nodes {stated[0]}, devices {stated[1]}, but its name says {named[0]}, {named[1]}")
+    for key, value in (overrides or {}).items():
+        values[key], sources[key] = value, f"--{key}"
+    config = validate(values, sources)
+    return Resolved(config, sources)
+
+
+def read_run(path: Path) -> Config:
+    """The configuration that a run's folder keeps."""
+    values = _read(path)
+    return validate(values, dict.fromkeys(values, str(path)))
+
+
+def validate(values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
+    """Values as the schema has them, or UserError with one line a problem."""
+    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    try:
+        return Config(**lists)
+    except ValidationError as error:
+        raise UserError("\n       ".join(_explain(problem, sources) for problem in error.errors())) from error
+
+
+def _explain(problem: Mapping, sources: Mapping[str, str]) -> str:
+    if not problem["loc"]:
+        return problem["msg"].removeprefix("Value error, ")
+    key = str(problem["loc"][0])
+    where = f"{sources.get(key, 'configuration')}: "
+    if problem["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(key, Config.model_fields, n=1, cutoff=0.5)
+        return f"{where}unknown key {key!r}" + (
+            f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(Config.model_fields)}"
+        )
+    return f"{where}{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def parse_value(text: str) -> Any:
+    """A flag's text as YAML would read it: 3, 1e-3, true, null, a name."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (_Loader is a SafeLoader)
+    except yaml.YAMLError:
+        return text
+
+
+def list_configs(folder: Path) -> list[str]:
+    """Names of the configurations that a backend's folder brings, then the neutral ones that it can run."""
+    own = sorted(path.stem for path in (folder / "config").glob("*.yaml"))
+    return own + [path.stem for path in sorted(RECIPES.glob("*.yaml")) if path.stem not in own]
+
+
+def _places(folder: Path) -> Sequence[Path]:
+    return (folder / "config", RECIPES)
+
+
+def _find(folder: Path, name: str, below: Path | None = None) -> Path:
+    """The file of a configuration; ``below`` looks only in the places after that file's, so a file can extend its namesake."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(f"{below or 'configuration'}: {name!r} is not a configuration's name (letters, digits, _ . -)")
+    places = list(_places(folder))
+    if below is not None and below.stem == name:
+        places = places[places.index(below.parent) + 1 :]
+    for place in places:
+        if (place / f"{name}.yaml").is_file():
+            return place / f"{name}.yaml"
+    known = list_configs(folder)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ";"
+    raise UserError(
+        f"{f'{below}: extends' if below else f'backend {folder.name} has no'} configuration {name!r}{hint} there are: {', '.join(known)}"
+    )
+
+
+def _chain(folder: Path, name: str) -> list[Path]:
+    """The file and its parents, nearest first."""
+    chain = [_find(folder, name)]
+    while parent := _read(chain[-1]).get("extends"):
+        path = _find(folder, parent, chain[-1])
+        if path in chain:
+            raise UserError(f"configurations extend each other in a ring: {' → '.join(p.stem for p in (*chain, path))}")
+        chain.append(path)
+    return chain
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    if len(data) > LARGEST_FILE:
+        raise UserError(f"{path}: {len(data)} bytes are too many for a configuration (at most {LARGEST_FILE})")
+    try:
+        values = yaml.load(data, _Loader)  # noqa: S506 (_Loader is a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: must hold `key: value` lines, and holds {type(values).__name__}")
+    return values

@@ -1,0 +1,93 @@
+"""The ranks of a run: who I am, and the few things that ranks tell each other outside the training step."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from base.errors import UserError
+
+
+class AgreedError(UserError):
+    """An error that every rank raises at the same place; the first rank prints it for all."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ``world_size`` of the run; ``control`` is a CPU process group beside the device's own."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the records."""
+        return self.rank == 0
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Each value summed over all ranks, in float64."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        self.sums([0.0])
+
+
+def device_type(wanted: str) -> str:
+    """``auto`` → the machine's accelerator, or cpu; anything else as it stands."""
+    if wanted != "auto":
+        return wanted
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def devices_here(kind: str) -> int | None:
+    """How many devices of a type this machine has; None for the CPU, which any number of processes can share.
+
+    Raises UserError if this torch cannot use the type at all.
+    """
+    if kind == "cpu":
+        return None
+    try:
+        module = torch.get_device_module(kind)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"device {kind!r} is not a device type of this torch ({torch.__version__}); use --device cpu or auto") from error
+    return module.device_count() if module.is_available() else 0
+
+
+def join(wanted_device: str, wanted_group: str, timeout: int) -> Ranks:
+    """Joins the process groups that torchrun's environment describes; ``timeout`` in seconds."""
+    rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    kind = device_type(wanted_device)
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, local)
+    if kind != "cpu":
+        torch.accelerator.set_device_index(local)
+    if world_size == 1:
+        return Ranks(rank, world_size, device)
+    group = wanted_group if wanted_group != "auto" else dist.get_default_backend_for_device(device)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(group, timeout=limit)
+    control = dist.group.WORLD if group == "gloo" else dist.new_group(backend="gloo", timeout=limit)
+    return Ranks(rank, world_size, device, control)
+
+
+def leave() -> None:
+    """Closes the process groups, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,286 @@
+"""Starting a run: ``bash run_training.sh …`` = ``python -m base train …``.
+
+Everything that can be found wrong without training is found here, before anything is loaded; then torchrun starts one
+process a device.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from base.backends import backend_folder, list_backends
+from base.config import RECIPES, Config, Resolved, list_configs, parse_value, read_run, resolve
+from base.errors import UserError
+from base.index import AnnotationIndex
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_DATA = ROOT / "data" / "demo"
+DEFAULT_BACKEND, DEFAULT_CONFIG = "reference", "demo"
+ALIASES = {"nproc": "devices", "nproc_per_node": "devices", "nnodes": "nodes", "pretrained_backbone": "backbone_path"}
+# What may change when a run is resumed: nothing that alters the training so far.
+RESUMABLE = {
+    "workers",
+    "epochs",
+    "max_steps",
+    "target",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data_dir",
+    "timeout",
+    "device",
+}
+LAYOUT = "train2017/, val2017/, annotations/instances_train2017.json and annotations/instances_val2017.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of a run; every key of the configuration is a flag too, with _ or -."""
+    result = argparse.ArgumentParser(
+        prog="bash run_training.sh",
+        allow_abbrev=False,
+        epilog="Every key of base/config.py is a flag: --batch_size 16, --decay-epochs 8 10.",
+    )
+    result.add_argument("--name", default=None, help=f"backend (default {DEFAULT_BACKEND})")
+    result.add_argument("--config", default=None, help=f"configuration of the backend (default {DEFAULT_CONFIG})")
+    result.add_argument("--resume", metavar="RUN", default=None, help="go on with the run in this folder")
+    result.add_argument("--run_name", default=None, help="name of the run's folder (default: time, backend, configuration)")
+    result.add_argument("--list", action="store_true", help="show backends and configurations")
+    result.add_argument("--dry_run", action="store_true", help="show what would run, and end")
+    result.add_argument("--node_rank", type=int, default=None, help="which node this is, with more than one")
+    result.add_argument("--rdzv_endpoint", default=None, help="HOST:PORT where the nodes meet")
+    result.add_argument("--rdzv_id", default="ssd", help="name of the meeting, the same on all nodes")
+    config = result.add_argument_group("configuration")
+    for key, field in Config.model_fields.items():
+        names = [f"--{key}", *(f"--{alias}" for alias, name in ALIASES.items() if name == key)]
+        kind: dict[str, Any] = {"nargs": None}
+        if field.annotation is bool:
+            kind = {"nargs": "?", "const": "true"}
+        elif typing.get_origin(field.annotation) in (tuple, dict):
+            kind = {"nargs": "*"}
+        config.add_argument(*names, dest=key, default=argparse.SUPPRESS, metavar="V", help=argparse.SUPPRESS, **kind)
+    return result
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """→ (flags of the launcher, configuration keys that flags set)."""
+    spelled = []
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        spelled.append(name.replace("-", "_").replace("__", "--", 1) + sign + value if argument.startswith("--") else argument)
+    flags, unknown = parser().parse_known_args(spelled)
+    if unknown:
+        known = [option for action in parser()._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=2, cutoff=0.5)
+        raise UserError(f"unknown argument {unknown[0]!r}" + (f"; did you mean {' or '.join(close)}?" if close else "; --help lists the flags"))
+    overrides = {key: flag_value(key, getattr(flags, key)) for key in Config.model_fields if hasattr(flags, key)}
+    return flags, overrides
+
+
+def flag_value(key: str, text: str | list[str]) -> Any:
+    """A flag's text as the schema's type wants it."""
+    annotation = Config.model_fields[key].annotation
+    if key == "use":
+        pairs = [item.partition("=") for item in text]
+        if wrong := [item for item, (slot, _, name) in zip(text, pairs, strict=True) if not (slot and name)]:
+            raise UserError(f"--use {wrong[0]!r} is not COMPONENT=BACKEND, such as loader=reference")
+        return {slot: name for slot, _, name in pairs}
+    if isinstance(text, list):
+        return [parse_value(item) for item in text]
+    texts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return text if str in texts and text != "null" else parse_value(text)
+
+
+def main(arguments: list[str]) -> int:
+    """Checks, then trains; returns the run's exit code. Raises UserError (exit code 2) for what a person must put right."""
+    flags, overrides = parse(arguments)
+    if flags.list:
+        print(listing())
+        return 0
+    if flags.resume:
+        name, resolved, folder = resumed(flags, overrides)
+    else:
+        name, resolved = fresh(flags, overrides)
+        label = flags.run_name or (
+            flags.rdzv_id if flags.node_rank is not None else time.strftime("%Y-%m-%d_%H%M%S") + f"-{name}-{flags.config or DEFAULT_CONFIG}"
+        )
+        folder = Path(resolved.config.runs_dir).absolute() / label
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"run folder {folder} exists already; go on with it by --resume {folder}, or choose another --run_name")
+    if not (flags.dry_run and resolved.config.data_dir == str(DEMO_DATA)):  # a dry run does not draw the demo data
+        check_data(resolved.config)
+    backend = check_backend(name, resolved)
+    command = torchrun_arguments(flags, resolved, name, folder)
+    print(components(name, backend, resolved), flush=True)
+    if flags.dry_run:
+        from base.records import config_text
+
+        print(f"\n{config_text(resolved, name)}\ncommand: torchrun {shlex.join(command)}")
+        return 0
+    return torchrun(command, resolved.config, folder)
+
+
+def fresh(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, Resolved]:
+    """Backend and configuration of a new run; the demo draws its own data if none is named."""
+    name, config_name = flags.name or DEFAULT_BACKEND, flags.config or DEFAULT_CONFIG
+    resolved = resolve(backend_folder(name), config_name, overrides)
+    if resolved.config.data_dir is None:
+        if config_name != DEFAULT_CONFIG:
+            raise UserError(
+                f"configuration {config_name!r} needs --data_dir: a folder with {LAYOUT}; prepare.py --download fetches COCO 2017"
+            )
+        if not DEMO_DATA.exists() and not flags.dry_run:
+            from base.tools.demo_data import main as draw
+
+            draw(["--data_dir", str(DEMO_DATA)])
+        resolved = resolve(backend_folder(name), config_name, {**overrides, "data_dir": str(DEMO_DATA)})
+    return name, resolved
+
+
+def resumed(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, Resolved, Path]:
+    """Backend and configuration of a run to go on with: as they were, but for what does not alter its training."""
+    folder = Path(flags.resume).absolute()
+    for file in ("config.yaml", "environment.json"):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} is no run folder: it has no {file}; --resume takes the folder that a run printed")
+    name = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["backend"]
+    stored = read_run(folder / "config.yaml")
+    if flags.config or flags.name not in (None, name):
+        raise UserError(f"{folder} keeps its own backend ({name}) and configuration; leave out --name and --config, or start a new run")
+    if fixed := [key for key, value in overrides.items() if key not in RESUMABLE]:
+        raise UserError(f"--{fixed[0]} cannot change when a run is resumed; what can: {', '.join(sorted(RESUMABLE))}")
+    values = {**stored.model_dump(mode="json"), **overrides}
+    sources = {**dict.fromkeys(values, str(folder / "config.yaml")), **{key: f"--{key}" for key in overrides}}
+    from base.config import validate
+
+    return name, Resolved(validate(values, sources), sources), folder
+
+
+def check_data(config: Config) -> None:
+    """The data folder has the layout, its annotations are packed and readable, its images are where they should be."""
+    folder = Path(config.data_dir or "")
+    if not folder.is_dir():
+        raise UserError(
+            f"data folder {folder} does not exist; it needs {LAYOUT}; prepare.py --download fetches COCO 2017, --demo-data draws a small set"
+        )
+    missing = [key for key in ("train_images", "train_annotations", "val_images", "val_annotations") if not config.path(key).exists()]
+    if missing:
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        names = ", ".join(str(getattr(config, key)) for key in missing)
+        raise UserError(f"data folder {folder} lacks {names}; it needs {LAYOUT}, and holds {there}")
+    for kind in ("train", "val"):
+        index, images = AnnotationIndex.open(config.path(f"{kind}_annotations"), log=print), config.path(f"{kind}_images")
+        if not any((images / index.file_name(number)).is_file() for number in range(min(100, len(index)))):
+            raise UserError(
+                f"{images} holds none of the first images of {config.path(f'{kind}_annotations')}, such as {index.file_name(0)}"
+            )
+
+
+def check_backend(name: str, resolved: Resolved):
+    """Loads the backend, counts devices, builds the model and reads the backbone file into it: all that can fail early."""
+    from base.backend import load_backend
+    from base.distributed import device_type, devices_here
+    from base.weights import load_backbone
+
+    config = resolved.config
+    backend = load_backend(name, config.use)
+    wanted = config.device if config.device != "auto" else backend.device
+    kind = device_type(wanted)
+    here = devices_here(kind)
+    by_flag = resolved.sources.get("devices", "").startswith("--")
+    if kind == "cpu" and wanted == "auto" and config.devices > 1 and not by_flag:
+        here = 1  # a configuration for several accelerators does not turn into as many CPU processes unasked
+    if here is not None and here < config.devices:
+        what = f"{here} {kind} device{'s' * (here != 1)}" if kind != "cpu" else "no accelerator"
+        raise UserError(
+            f"the configuration wants {config.devices} devices a node and this machine has {what}; "
+            "choose a configuration that fits (--list), pass --nproc N, or --device cpu --nproc N for N processes on the CPU"
+        )
+    model = backend.model(num_classes=2, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
+    if config.backbone_path:
+        load_backbone(model, config.backbone_path)
+    return backend
+
+
+def components(name: str, backend, resolved: Resolved) -> str:
+    """Which folder supplies each component, and the run in a line."""
+    from base.distributed import device_type
+
+    config = resolved.config
+    kind = device_type(config.device if config.device != "auto" else backend.device)
+    rows = "\n".join(f"  {slot:<14}{supplier}" for slot, supplier in backend.suppliers.items())
+    height, width = config.image_size
+    return (
+        f"backend {name} on {config.nodes} × {config.devices} {kind}; {config.backbone} at {height}×{width}, global batch {config.global_batch}\n"
+        f"component     supplied by\n{rows}"
+    )
+
+
+def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str, folder: Path) -> list[str]:
+    """torchrun's own arguments, then the rank's."""
+    config = resolved.config
+    if config.nodes == 1:
+        where = ["--standalone"]
+    elif not flags.rdzv_endpoint:
+        raise UserError(f"{config.nodes} nodes need --rdzv_endpoint HOST:PORT (and --node_rank 0…{config.nodes - 1}) on each of them")
+    else:
+        kind = ["--rdzv-backend", "c10d"] if flags.node_rank is None else ["--rdzv-backend", "static", "--node-rank", str(flags.node_rank)]
+        where = ["--nnodes", str(config.nodes), "--rdzv-endpoint", flags.rdzv_endpoint, "--rdzv-id", flags.rdzv_id, *kind]
+    given = {
+        "config": config.model_dump(mode="json"),
+        "sources": dict(resolved.sources),
+        "backend": name,
+        "folder": str(folder),
+        "resume": bool(flags.resume),
+    }
+    return [*where, "--nproc-per-node", str(config.devices), "-m", "base.train", json.dumps(given)]
+
+
+def torchrun(command: list[str], config: Config, folder: Path) -> int:
+    """Runs torchrun in this process and returns the exit code of the run: of its first rank to fail, if any."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.devices)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for a step and a checkpoint after SIGTERM
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # ranks say themselves what went wrong
+    try:
+        run.run(run.parse_args(command))
+    except SignalException as signal:
+        return 128 + signal.sigval
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(
+                f"error: rank {failure.local_rank} was killed by signal {-failure.exitcode}; go on with --resume {folder}", file=sys.stderr
+            )
+            return 128 - failure.exitcode
+        return failure.exitcode
+    return 0
+
+
+def listing() -> str:
+    """Backends and their configurations."""
+    lines = []
+    for name in list_backends():
+        folder = backend_folder(name)
+        lines += [name] + [f"  {config:<28}{first_comment(folder, config)}" for config in list_configs(folder)]
+    return "\n".join(lines)
+
+
+def first_comment(folder: Path, config: str) -> str:
+    """The first line of a configuration file, which says what it is."""
+    own = folder / "config" / f"{config}.yaml"
+    line = (own if own.is_file() else RECIPES / f"{config}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    return line.lstrip("# ") if line.startswith("#") else ""

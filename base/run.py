@@ -1,0 +1,133 @@
+"""A run on one rank: its components, built in the order that MLPerf's rules and resuming ask for."""
+
+import os
+import signal
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base import checkpoint
+from base.backend import Backend, load_backend
+from base.checkpoint import Progress
+from base.config import Config, Resolved
+from base.contracts import Loader, Step
+from base.distributed import Ranks
+from base.evaluate import make_eval_loader
+from base.index import AnnotationIndex
+from base.records import Records, cut_back, environment, write_start
+from base.weights import load_backbone
+
+
+class StopRequest:
+    """Notes SIGTERM and Ctrl-C, and a launcher that is gone; a second signal ends the process at once."""
+
+    def __init__(self):
+        self.asked, self.parent = False, os.getppid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+    def __call__(self) -> bool:
+        return self.asked or os.getppid() != self.parent
+
+
+@dataclass
+class Run:
+    """What the loop works with, on one rank."""
+
+    config: Config
+    folder: Path
+    ranks: Ranks
+    stopped: StopRequest
+    records: Records
+    backend: Backend
+    model: torch.nn.Module
+    optimizer: Any
+    step: Step
+    train_loader: Loader
+    eval_loader: Loader
+    images: int  # training images with boxes
+    categories: dict
+    progress: Progress = field(default_factory=Progress)
+    launched: deque = field(default_factory=deque)  # steps whose loss has not been read yet: (step, rate, image ids, loss)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_loader)
+
+    @property
+    def total_steps(self) -> int:
+        whole = self.config.epochs * self.steps_per_epoch
+        return min(whole, self.config.max_steps or whole)
+
+
+def set_up(
+    config: Config, name: str, folder: Path, resume: bool, ranks: Ranks, stopped: StopRequest, records: Records, sources: dict
+) -> Run:
+    """Builds every component, and loads the checkpoint or the backbone."""
+    found = checkpoint.latest(folder, records.log) if resume else None
+    if ranks.is_first and resume:
+        cut_back(folder, found[1]["progress"]["record_bytes"] if found else {})
+    if not found:
+        records.mlperf.init_start(platform=environment(ranks.device)["cpu"])
+    torch.manual_seed(config.seed)
+    backend = load_backend(name, config.use)
+    if ranks.is_first and not resume:
+        write_start(folder, Resolved(config, sources), name, backend.suppliers, ranks.device)
+    index = AnnotationIndex.open(config.path("train_annotations"), records.log)
+    categories = {"ids": index.category_ids.tolist(), "names": list(index.category_names)}
+    model = backend.model(
+        num_classes=len(index.category_ids) + 1, image_size=config.image_size, strides=config.strides, backbone=config.backbone
+    )
+    if found:
+        checkpoint.load_model(model, found[1], found[0], config)
+    elif config.backbone_path:
+        load_backbone(model, config.backbone_path)
+    model.to(ranks.device)
+    optimizer = backend.optimizer(model.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
+    step = backend.step(
+        model=model,
+        optimizer=optimizer,
+        matcher=backend.matcher,
+        loss=backend.loss,
+        device=ranks.device,
+        accumulation=config.gradient_accumulation,
+        world_size=ranks.world_size,
+    )
+    if not found:
+        records.mlperf.run_start()  # by MLPerf's rules the clock runs before any training image is read
+    train_loader = backend.train_loader(
+        annotation_file=config.path("train_annotations"),
+        image_dir=config.path("train_images"),
+        image_size=config.image_size,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        max_samples=config.max_samples,
+        skip_bad_images=config.skip_bad_images,
+    )
+    images = int((index.first_box[1:] > index.first_box[:-1]).sum())
+    state = Run(
+        config, folder, ranks, stopped, records, backend, model, optimizer, step, train_loader,
+        make_eval_loader(backend, config, ranks), images, categories,
+    )  # fmt: skip
+    if found:
+        content = found[1]
+        state.progress = Progress(**content["progress"])
+        optimizer.load_state_dict(content["optimizer"])
+        step.load_state_dict(content["step"])
+        if content["loaders"]:
+            train_loader.load_state_dict(content["loaders"][ranks.rank])
+        records.log(f"resumed from {found[0].name}: {state.progress.step} steps done")
+    else:
+        records.mlperf.hyperparameters(config, images, len(AnnotationIndex.open(config.path("val_annotations"), records.log)))
+    return state

@@ -1,0 +1,78 @@
+"""``python -m base bench --part P``: measure one part of the benchmark on this machine against its limits.
+
+Exit code 0 when every limit is met, 1 when one is missed. A part is a module with ``PART`` (what it times and where the
+clock starts and stops) and ``measure(log) -> list[Figure]``.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+PARTS = {"index": "base.tools.bench_index"}  # add a part with one line; only the chosen one is imported
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure; ``spread`` is (lowest, highest) of the runs, ``limit`` the largest value allowed (None: no limit)."""
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None = None
+    runs: int = 1
+    spread: tuple[float, float] | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.limit is None or self.value <= self.limit
+
+
+def machine() -> dict[str, str]:
+    """What a figure depends on: processor, cores this process may use, memory, software and commit."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    root = Path(__file__).resolve().parents[2]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True)
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "commit": commit.stdout.strip() or "none",
+    }
+
+
+def table(figures: list[Figure]) -> str:
+    rows = [("figure", "value", "lowest … highest", "limit", "")]
+    for figure in figures:
+        spread = f"{figure.spread[0]:.3g} … {figure.spread[1]:.3g} of {figure.runs}" if figure.spread else ""
+        limit = "" if figure.limit is None else f"{figure.limit:g} {figure.unit}"
+        mark = "" if figure.limit is None else "ok" if figure.ok else "MISS"
+        rows.append((figure.name, f"{figure.value:.3g} {figure.unit}", spread, limit, mark))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m base bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, required=True, help="what to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    options = parser.parse_args(arguments)
+    part = importlib.import_module(PARTS[options.part])
+    print(part.PART, flush=True)
+    figures = part.measure(lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+    about = machine()
+    print("\n" + "\n".join(f"{name:7} {value}" for name, value in about.items()) + "\n\n" + table(figures))
+    if options.json:
+        content = {"part": options.part, "boundaries": part.PART, "machine": about, "figures": [{**asdict(f), "ok": f.ok} for f in figures]}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0 if all(figure.ok for figure in figures) else 1

@@ -1,0 +1,44 @@
+"""``python -m base evaluate --checkpoint C --data_dir D``: the 12 COCO figures of a checkpoint."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from base import checkpoint
+from base.backend import load_backend
+from base.config import validate
+from base.contracts import FIGURES
+from base.distributed import Ranks, device_type, devices_here
+from base.errors import UserError
+from base.evaluate import evaluate, make_eval_loader
+from base.index import AnnotationIndex
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m base evaluate", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of a run's folder checkpoints/")
+    parser.add_argument("--data_dir", "--data-dir", default=None, help="data folder (default: the one it was trained on)")
+    parser.add_argument("--name", default="reference", help="backend")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=2)
+    flags = parser.parse_args(arguments)
+    content = checkpoint.read(flags.checkpoint)
+    given = {"workers": flags.workers, "device": flags.device, "nodes": 1, "devices": 1, "use": {}}
+    config = validate({**content["config"], **given, "data_dir": flags.data_dir or content["config"]["data_dir"]}, {})
+    backend = load_backend(flags.name)
+    kind = device_type(config.device if config.device != "auto" else backend.device)
+    if devices_here(kind) == 0:
+        raise UserError(f"this machine has no {kind} device; use --device cpu")
+    ids = AnnotationIndex.open(config.path("val_annotations")).category_ids.tolist()
+    if ids != content["categories"]["ids"]:
+        raise UserError(f"{flags.checkpoint} knows categories {content['categories']['ids']}, the data set has {ids}")
+    model = backend.model(num_classes=len(ids) + 1, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
+    checkpoint.load_model(model, content, flags.checkpoint)
+    device = torch.device(kind)
+    model.to(device)
+    step = backend.step(model=model, optimizer=None, matcher=backend.matcher, loss=backend.loss, device=device)
+    ranks = Ranks(0, 1, device)
+    figures = evaluate(backend, config, ranks, step, model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
+    print("\n".join(f"{name:>6}  {figures[name]:.4f}" for name in FIGURES))
+    return 0

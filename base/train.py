@@ -1,0 +1,213 @@
+"""The training loop, as one rank runs it: ``python -m base.train`` under torchrun; `base.launch` starts it.
+
+Read it from `run` down; `base.run` builds what it works with. Backends replace components, never this loop.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from base import checkpoint, distributed
+from base.backend import load_backend
+from base.checkpoint import Progress
+from base.config import Config, validate
+from base.contracts import Batch
+from base.distributed import AgreedError, Ranks
+from base.errors import UserError
+from base.evaluate import check_bad_images, evaluate
+from base.records import Records, summary
+from base.run import Run, StopRequest, set_up
+from base.schedule import evaluates_after, learning_rate
+from base.terminal import Display
+
+STOPPED = 143  # exit code of a run that was asked to stop, as a shell gives for SIGTERM
+
+
+def run(config: Config, sources: dict, name: str, folder: Path, resume: bool, ranks: Ranks, stopped: StopRequest) -> int:
+    """Trains from the start or from the latest checkpoint to the target, and returns an exit code."""
+    records = Records(folder if ranks.is_first else None, Display(silent=not ranks.is_first))
+    try:
+        state = set_up(config, name, folder, resume, ranks, stopped, records, sources)
+        reached = train(state)
+        if reached is None:
+            records.log(f"stopped after step {state.progress.step}; go on with: bash run_training.sh --resume {folder}")
+            return STOPPED
+        records.mlperf.run_stop(reached)
+        records.metric("end", reached=reached, steps=state.progress.step, seconds=round(state.progress.seconds, 3))
+        records.display.close()
+        device = config.model_copy(update={"device": ranks.device.type})
+        records.log(summary(device, state.progress, state.images, folder, reached, name))
+        return 0
+    finally:
+        records.close()
+
+
+def train(state: Run) -> bool | None:
+    """All epochs, until the target: → whether it was reached, or None if the run was asked to stop."""
+    config, progress = state.config, state.progress
+    state.records.display.start(progress.step, state.total_steps)
+    epoch, done = divmod(progress.step, state.steps_per_epoch)
+    if done == 0 and epoch > 0 and evaluates_after(config, epoch) and not evaluated(progress, epoch):
+        epoch, done = epoch - 1, state.steps_per_epoch  # it ended between an epoch's last step and its evaluation
+    reached = target_reached(config, progress)
+    while progress.step < state.total_steps and not reached or done:
+        if done == 0:
+            state.records.mlperf.epoch_start(epoch + 1)
+        if done < state.steps_per_epoch:
+            if not train_epoch(state, epoch, done):
+                save(state)
+                return None
+            save(state)
+            state.records.mlperf.epoch_stop(epoch + 1)
+        last = progress.step >= state.total_steps
+        if (evaluates_after(config, epoch + 1) or last) and not evaluated(progress, epoch + 1):
+            if not evaluate_epoch(state, epoch + 1):
+                return None
+            reached = target_reached(config, progress)
+        epoch, done = epoch + 1, 0
+    save(state)
+    return reached
+
+
+def train_epoch(state: Run, epoch: int, first: int) -> bool:
+    """The steps of one epoch from ``first`` on, or to ``total_steps``; False if the run was asked to stop."""
+    config, progress, ranks = state.config, state.progress, state.ranks
+    state.train_loader.set_epoch(epoch, first)
+    batches = iter(state.train_loader)
+    began = time.monotonic()
+    while progress.step < min(state.total_steps, (epoch + 1) * state.steps_per_epoch):
+        waiting = time.monotonic()
+        batch, failure = next_batch(batches)
+        waited = time.monotonic() - waiting
+        if exchange(state, failure):
+            settle(state, leave=0)
+            return False
+        rate = learning_rate(config, progress.step, state.steps_per_epoch, state.images)
+        loss = state.step(batch, rate)
+        progress.step += 1
+        state.launched.append((progress.step, rate, batch.image_ids, loss, waited))
+        settle(state, leave=1)  # reading the loss before last leaves the device one step to work on
+        now = time.monotonic()
+        progress.seconds, progress.train_seconds, began = progress.seconds + now - began, progress.train_seconds + now - began, now
+        if config.checkpoint_every and progress.step % config.checkpoint_every == 0 and progress.step % state.steps_per_epoch:
+            save(state)
+            began = time.monotonic()
+    settle(state, leave=0)
+    bad = {path: why for rank in ranks.gathered(state.train_loader.bad_images) for path, why in rank.items()}
+    for path, why in bad.items():
+        state.records.log(f"skipped image {path}: {why}")
+    check_bad_images(bad, state.images)
+    return True
+
+
+def next_batch(batches) -> tuple[Batch | None, str]:
+    """The next batch, or why there is none: an error waits until all ranks know of it."""
+    try:
+        return next(batches), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def exchange(state: Run, failure: str) -> bool:
+    """Agrees with the other ranks before a step: → whether to stop. One rank's failure ends all of them."""
+    stops, failures = state.ranks.sums([float(state.stopped()), float(bool(failure))])
+    if failures:
+        raise AgreedError(next(filter(None, state.ranks.gathered(failure))))
+    return stops > 0
+
+
+def settle(state: Run, leave: int) -> None:
+    """Reads the losses of all but the last ``leave`` steps, records them, and refuses to go on from one that is not finite."""
+    while len(state.launched) > leave:
+        number, rate, image_ids, loss, waited = state.launched.popleft()
+        value = loss.item()
+        finite = value == value and abs(value) != float("inf")
+        total, broken = state.ranks.sums([value if finite else 0.0, float(not finite)])
+        if broken:
+            ids = [i for rank in state.ranks.gathered([] if finite else image_ids.tolist()) for i in rank]
+            good = checkpoint.listed(state.folder)
+            raise AgreedError(
+                f"the loss is not finite at step {number} (learning rate {rate:.6g}, image ids {' '.join(map(str, ids))}); "
+                + (f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint yet")
+            )
+        mean, images = total / state.ranks.world_size, number * state.config.global_batch
+        if number % state.config.log_every == 0 or number == 1:
+            speed = images / state.progress.train_seconds if state.progress.train_seconds else 0.0
+            epoch = (number - 1) // state.steps_per_epoch + 1
+            values = {"loss": mean, "learning_rate": rate, "images_per_second": round(speed, 2), "data_seconds": round(waited, 5)}
+            state.records.metric("train", step=number, epoch=epoch, **values)
+            state.records.display.update(number, epoch, mean, rate, speed)
+
+
+def save(state: Run, name: str | None = None) -> None:
+    """Writes a checkpoint of the present step on the first rank, and drops the oldest."""
+    began = time.monotonic()
+    settle(state, leave=0)
+    loaders = []
+    if hasattr(state.train_loader, "state_dict"):
+        loaders = state.ranks.gathered(state.train_loader.state_dict())
+    failure = ""
+    if state.ranks.is_first:
+        state.progress.record_bytes = state.records.sizes()
+        content = checkpoint.pack(state.config, state.progress, state.categories, state.model, state.optimizer, state.step, loaders)
+        path = state.folder / "checkpoints" / name if name else checkpoint.step_path(state.folder, state.progress.step)
+        try:
+            checkpoint.write(path, content)
+            checkpoint.prune(state.folder, state.config.keep_checkpoints)
+        except UserError as error:
+            failure = str(error)
+    exchange(state, failure)
+    state.progress.seconds += time.monotonic() - began
+
+
+def evaluate_epoch(state: Run, epoch: int) -> bool:
+    """Evaluates, records the figures and keeps the best checkpoint; False if the run was asked to stop."""
+    began = time.monotonic()
+    state.records.mlperf.eval_start(epoch)
+    figures = evaluate(state.backend, state.config, state.ranks, state.step, state.model.default_boxes, state.eval_loader, state.stopped)
+    if figures is None:
+        return False
+    state.records.mlperf.eval_stop(epoch, figures["AP"])
+    seconds = time.monotonic() - began
+    state.progress.seconds += seconds
+    best = state.progress.best
+    state.progress.evaluations.append({"epoch": epoch, "step": state.progress.step, **figures})
+    state.records.metric("evaluation", epoch=epoch, step=state.progress.step, seconds=round(seconds, 3), **figures)
+    state.records.log(f"epoch {epoch}: mAP {figures['AP']:.4f}, AP50 {figures['AP50']:.4f} ({seconds:.1f} s)")
+    if best is None or figures["AP"] > best["AP"]:
+        save(state, "best.pt")
+    return True
+
+
+def evaluated(progress: Progress, epoch: int) -> bool:
+    return any(figures["epoch"] == epoch for figures in progress.evaluations)
+
+
+def target_reached(config: Config, progress: Progress) -> bool:
+    return config.target is not None and progress.best is not None and progress.best["AP"] >= config.target
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m base.train", description="one rank; use run_training.sh to start a run")
+    parser.add_argument("run", help="what base.launch resolved, as JSON")
+    given = json.loads(parser.parse_args(arguments).run)
+    stopped = StopRequest()
+    config = validate(given["config"], given["sources"])
+    code, ranks = 2, None
+    try:
+        backend = load_backend(given["backend"], config.use)
+        wanted = config.device if config.device != "auto" else backend.device
+        ranks = distributed.join(wanted, backend.distributed, config.timeout)
+        code = run(config, given["sources"], given["backend"], Path(given["folder"]), given["resume"], ranks, stopped)
+    except UserError as error:
+        if ranks is None or ranks.is_first or not isinstance(error, AgreedError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    finally:
+        distributed.leave()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

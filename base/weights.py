@@ -1,0 +1,111 @@
+"""Weights from elsewhere: torchvision's ResNet files and MLPerf reference checkpoints."""
+
+import hashlib
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from base.boxes import BOXES_PER_CELL
+from base.errors import UserError
+
+# MLPerf reference name → this project's, by prefix (golden/mlperf_state_dict.json has all 218 names)
+MLPERF_PREFIXES = (
+    ("model.layer1.0.", "backbone.conv1."),
+    ("model.layer1.1.", "backbone.bn1."),
+    ("model.layer1.4.", "backbone.layer1."),
+    ("model.layer1.5.", "backbone.layer2."),
+    ("model.layer2.0.", "backbone.layer3."),
+    ("additional_blocks.", "extras."),
+    ("loc.", "offset_heads."),
+    ("conf.", "class_heads."),
+)
+HASHED_NAME = re.compile(r".*-([0-9a-f]{8,64})\.pth?")  # torchvision puts the start of the SHA-256 into the file's name
+
+
+def read_tensors(path: str | Path) -> dict:
+    """A torch file by safe means only (no code in it can run). Raises UserError naming what is wrong with it."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    try:
+        if zipfile.is_zipfile(path):  # torch's own reader does not check the sums that the archive carries
+            with zipfile.ZipFile(path) as archive:
+                if (broken := archive.testzip()) is not None:
+                    raise UserError(f"{path} is damaged: {broken} does not have its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
+            raise UserError(f"{path} is refused: it holds more than tensors and plain values, which could run code when loaded") from error
+        raise UserError(f"{path} is damaged or not a torch file: {_first_line(error)}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is truncated, damaged or not a torch file: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def load_backbone(model: nn.Module, path: str | Path) -> None:
+    """Puts a torchvision ResNet's weights (without layer4 and classifier) into ``model.backbone``.
+
+    Raises UserError if the file is missing, damaged (also: not the SHA-256 that its name states) or another network's.
+    """
+    path = Path(path)
+    state = read_tensors(path)
+    if (named := HASHED_NAME.fullmatch(path.name)) and not (actual := _sha256(path)).startswith(named[1]):
+        raise UserError(
+            f"backbone {path} is not the file that its name promises: SHA-256 {actual[:8]}…, not {named[1]}…; download it again"
+        )
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"backbone {path} does not hold a torchvision state dict")
+    wanted = model.backbone.state_dict()
+    missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
+    shapes = [
+        f"{n} {tuple(state[n].shape)} instead of {tuple(t.shape)}" for n, t in wanted.items() if n in state and state[n].shape != t.shape
+    ]
+    surplus = [name for name in state if name not in wanted and not name.startswith(("layer4.", "fc."))]
+    if missing or shapes or surplus:
+        detail = [f"lacks {missing[0]}"] * bool(missing) + shapes[:1] + [f"has {surplus[0]} besides"] * bool(surplus)
+        raise UserError(f"backbone {path} is not weights of this model's ResNet: it {' and '.join(detail)}; is --backbone right?")
+    model.backbone.load_state_dict({name: state.get(name, tensor) for name, tensor in wanted.items()})
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_mlperf(state: dict) -> bool:
+    """Whether a state dict has the MLPerf reference's names (perhaps behind DistributedDataParallel's ``module.``)."""
+    return any(name.removeprefix("module.").startswith("model.layer1.0.") for name in state)
+
+
+def from_mlperf(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An MLPerf reference state dict → this project's names and order of default boxes.
+
+    MLPerf's heads have channel = value · boxes + box, this project's have channel = box · values + value.
+    """
+    renamed = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("module.")
+        match = next(((theirs, ours) for theirs, ours in MLPERF_PREFIXES if name.startswith(theirs)), None)
+        if match is None:
+            raise UserError(f"{name!r} is no name of an SSD-ResNet checkpoint in MLPerf's layout")
+        ours = match[1] + name.removeprefix(match[0])
+        renamed[ours] = _reorder_head(ours, tensor)
+    return renamed
+
+
+def _reorder_head(name: str, tensor: Tensor) -> Tensor:
+    kind, level, *_ = name.split(".")
+    if kind not in ("offset_heads", "class_heads"):
+        return tensor
+    boxes = BOXES_PER_CELL[int(level)]
+    return tensor.reshape(-1, boxes, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)

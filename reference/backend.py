@@ -1,0 +1,26 @@
+"""The plain implementation of every component: the oracle that other backends are checked against. Runs on any device."""
+
+from base.backend import Backend
+
+from .decoder import decode
+from .evaluator import CocoEvaluator
+from .loader import eval_loader, train_loader
+from .loss import multibox_loss
+from .matcher import match
+from .model import build_model
+from .optimizer import build_optimizer
+from .step import build_step
+
+BACKEND = Backend(
+    name="reference",
+    extends=None,
+    train_loader=train_loader,
+    eval_loader=eval_loader,
+    model=build_model,
+    matcher=match,
+    loss=multibox_loss,
+    step=build_step,
+    optimizer=build_optimizer,
+    decoder=decode,
+    evaluator=CocoEvaluator,
+)

@@ -1,0 +1,75 @@
+"""What the tests share: golden data, the demo data set, and real runs in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from base.backend import list_backends, load_backend
+from base.tools.demo_data import generate
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def runs_here(name: str) -> bool:
+    """Whether a backend's parts can be tested on this machine; $SSD_TEST_DEVICE chooses another device than the CPU."""
+    return load_backend(name).device in ("auto", "cpu", os.environ.get("SSD_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(scope="session", params=[name for name in list_backends() if runs_here(name)])
+def backend(request):
+    """Every backend that runs here, one after the other."""
+    return load_backend(request.param)
+
+
+@pytest.fixture(scope="session")
+def model_300(backend):
+    """The COCO model at 300×300."""
+    torch.manual_seed(0)
+    return backend.model(num_classes=81, image_size=(300, 300), strides=(1, 1, 2, 2, 2, 1), backbone="resnet34").eval()
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Opens a golden .npz or .json by its name."""
+    return lambda name: np.load(GOLDEN / f"{name}.npz") if (GOLDEN / f"{name}.npz").exists() else json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory) -> Path:
+    """A small demo data set: 72 training and 24 validation images."""
+    folder = tmp_path_factory.mktemp("demo") / "data"
+    generate(folder, train=72, val=24, size=96, seed=5)
+    return folder
+
+
+SMALL = ["--image_size", "96", "96", "--strides", "1", "1", "1", "1", "1", "1", "--batch_size", "8", "--eval_batch_size", "16"]
+
+
+@pytest.fixture
+def train(demo_data, tmp_path):
+    """Starts run_training.sh on the small demo data: train("--epochs", "2", …) → finished process, run in tmp_path/"run"."""
+
+    def start(*flags: str, wait: bool = True, run: str = "run", data_dir: Path = demo_data, env: dict | None = None, small: bool = True):
+        resume = "--resume" in flags
+        standard = [] if resume else ["--config", "demo", "--data_dir", str(data_dir), *(SMALL if small else [])]
+        place = [] if resume else ["--runs_dir", str(tmp_path), "--run_name", run]
+        command = ["bash", str(ROOT / "run_training.sh"), *standard, *place, *flags]
+        environment = {**os.environ, "SSD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **(env or {})}
+        if not wait:
+            return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+
+    return start
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every training line in a run's metrics."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
