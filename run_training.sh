@@ -23,4 +23,5 @@ if ! "$python" -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) 
     echo "setting up first: python3 prepare.py --name $name"
     python3 "$root/prepare.py" --name "$name" ${SSD_PYTHON:+--python "$SSD_PYTHON"}
 fi
+export PYTHONSAFEPATH=1 # a folder called base where this is called from is not the project
 exec "$python" -m base train "$@"

@@ -6,6 +6,7 @@ record of callables).
 
 import importlib
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -84,10 +85,17 @@ def _record(name: str, children: tuple[str, ...]) -> Backend:
     """``BACKEND`` of the folder, its empty slots filled from what it extends."""
     if name in children:
         raise UserError(f"backends extend each other in a ring: {' → '.join((*children, name))}")
-    folder = backend_folder(name)
+    try:
+        folder = backend_folder(name)
+    except UserError as error:
+        raise UserError(f"{backend_folder(children[-1])}/backend.py extends {name!r}: {error}" if children else str(error)) from error
     own = _import(name, folder)
     if not isinstance(own, Backend) or own.name != name:
-        raise UserError(f"{folder}/backend.py must define BACKEND = Backend(name={name!r}, …), and has {own!r}")
+        has = f"the name {own.name!r}" if isinstance(own, Backend) else "none" if own is None else repr(own)
+        raise UserError(f"{folder}/backend.py must define BACKEND = Backend(name={name!r}, …), as its folder is called, and has {has}")
+    kinds = {"device": str, "distributed": str, "extends": str | None}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(own, key), kind)]:
+        raise UserError(f"{folder}/backend.py: {wrong[0]}={getattr(own, wrong[0])!r} must be a name")
     mine = {slot: getattr(own, slot) for slot in SLOTS if getattr(own, slot) is not None}
     for slot, component in mine.items():
         _check_signature(folder, slot, component)
@@ -105,14 +113,18 @@ def _import(name: str, folder: Path):
         return getattr(importlib.import_module(f"base.backends.{name}.backend"), "BACKEND", None)
     except ModuleNotFoundError as error:
         where = _line_in(folder, error)
-        if error.name and error.name.startswith("base.backends."):
+        if error.name and error.name.partition(".")[0] == "base":
             raise UserError(f"{where}: there is no module {error.name}") from error
         raise UserError(
             f"{where}: backend {name!r} needs the package {error.name!r}, which is not installed: python3 prepare.py --name {name}"
         ) from error
-    except (ImportError, SyntaxError, TypeError, NameError, AttributeError, ValueError) as error:
-        known = f" (fields of Backend: {', '.join(f.name for f in fields(Backend))})" if isinstance(error, TypeError) else ""
-        raise UserError(f"{_line_in(folder, error)}: backend {name!r} cannot be imported: {error}{known}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a folder's code may raise anything; the line says where
+        why = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}".removesuffix(": ")
+        if field_name := re.search(r"Backend.__init__\(\) got an unexpected keyword argument '(\w+)'", why):
+            why += nearest(field_name[1], [f.name for f in fields(Backend)])
+        raise UserError(f"{_line_in(folder, error)}: backend {name!r} cannot be imported: {why}") from error
 
 
 def _line_in(folder: Path, error: BaseException) -> str:
@@ -129,9 +141,16 @@ def _check_signature(folder: Path, slot: str, component: Callable) -> None:
     wanted = list(inspect.signature(CONTRACTS[slot].__call__).parameters.values())[1:]  # without self
     positional = [p.name for p in wanted if p.kind is not p.KEYWORD_ONLY and p.default is p.empty]
     keywords = [p.name for p in wanted if p.name not in positional]
-    signature = inspect.signature(component)
+    ordered = [p.name for p in wanted if p.kind is not p.KEYWORD_ONLY]  # may also be given without their names
+    try:
+        signature = inspect.signature(component)
+    except (ValueError, TypeError):  # of a native function: it cannot be known
+        return
     try:
         signature.bind(*positional, **dict.fromkeys(keywords))
+        signature.bind(*ordered, **dict.fromkeys(set(keywords) - set(ordered)))
     except TypeError as error:
         form = ", ".join([*positional, *(f"{k}=…" for k in keywords)])
-        raise UserError(f"{folder}: component {slot!r}{signature} cannot be called as {slot}({form}): {error}") from error
+        code = getattr(inspect.unwrap(component), "__code__", None)
+        where = f"{code.co_filename}:{code.co_firstlineno}" if code else f"{folder}/backend.py"
+        raise UserError(f"{where}: component {slot!r}{signature} cannot be called as {slot}({form}): {error}") from error

@@ -145,9 +145,19 @@ def load_model(model: torch.nn.Module, content: dict, path: Path, config: Config
     load_weights(model, content["model"], path)
 
 
+def read_weights(path: Path) -> tuple[dict, dict | None]:
+    """The model's state dict of a checkpoint of this project or of the MLPerf reference, and the whole content if it is ours."""
+    content = read_tensors(path)
+    if isinstance(content, dict) and "format" in content:
+        return read(path)["model"], content
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    if not isinstance(state, dict) or not is_mlperf(state):
+        raise UserError(f"{path} is neither a checkpoint of this project nor one of the MLPerf reference")
+    return from_mlperf(state), None
+
+
 def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
-    """A state dict of this project or of the MLPerf reference into a model."""
-    state = from_mlperf(state) if is_mlperf(state) else state
+    """A state dict into a model. Raises UserError naming the first difference."""
     wanted = model.state_dict()
     for name in [*wanted, *state]:
         if name not in state or name not in wanted:

@@ -1,11 +1,13 @@
 """The configuration of a run: one schema, with every default and its unit, and where each value comes from.
 
-A configuration file is YAML with a few of the schema's keys and ``extends:`` for its parent. It is data: read by a safe
-loader without aliases, never executed. Files are looked up as ``<backend>/config/<name>.yaml``, then ``base/recipes/<name>.yaml``.
+A configuration file is YAML 1.2 with a few of the schema's keys and ``extends:`` for its parent. It is data: read by a
+safe loader without aliases, never executed. Files are looked up as ``<backend>/config/<name>.yaml``, then ``base/recipes/<name>.yaml``.
 """
 
 import difflib
+import inspect
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +20,15 @@ from base.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-COUNTS = re.compile(r".*?[a-zA-Z0-9]x(?P<nodes>\d+)x(?P<devices>\d+)")  # <accelerator>x<nodes>x<devices per node>
+# <accelerator>x<nodes>x<devices per node>, or as MLPerf submissions have it: <system>_<nodes>x<devices>x<batch>
+COUNTS = re.compile(r"(?:.*_|.*?[a-zA-Z0-9]x)(?P<nodes>\d+)x(?P<devices>\d+)(?:x\d+)?")
 LARGEST_FILE = 1 << 16  # bytes
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(pattern="^[a-z]+$")]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Power = Annotated[int, Field(ge=0, le=32)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -35,55 +41,55 @@ class Config(BaseModel):
     # Where it runs
     nodes: Count = 1  # machines
     devices: Count = 1  # devices, and so processes, on each machine
-    device: str = "auto"  # torch device type; auto: what the backend asks for, by default the accelerator if there is one
-    use: dict[str, str] = {}  # components taken from another backend: slot → backend
+    device: Name = "auto"  # torch device type; auto: what the backend asks for, by default the accelerator if there is one
+    use: dict[str, str] = {}  # components from another backend, such as loader=reference
     timeout: Count = 1800  # seconds that ranks wait for each other before the run fails
 
     # Model
-    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet34"
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet34"  # a ResNet of torchvision
     backbone_path: str | None = None  # torchvision weights of the backbone; null: random initial weights
     image_size: tuple[Count, Count] = (300, 300)  # pixels: height, width
-    strides: tuple[Count, Count, Count, Count, Count, Count] = (1, 1, 2, 2, 2, 1)  # offset heads, class heads, four blocks
+    strides: tuple[Count, Count, Count, Count, Count, Count] = (1, 1, 2, 2, 2, 1)  # of offset heads, class heads and four blocks
 
     # Data
-    data_dir: str | None = None  # folder in COCO's layout; the next four are relative to it
-    train_images: str = "train2017"
-    train_annotations: str = "annotations/instances_train2017.json"
-    val_images: str = "val2017"
-    val_annotations: str = "annotations/instances_val2017.json"
+    data_dir: str | None = None  # folder in COCO's layout
+    train_images: str = "train2017"  # folder, relative to data_dir
+    train_annotations: str = "annotations/instances_train2017.json"  # file, relative to data_dir
+    val_images: str = "val2017"  # folder, relative to data_dir
+    val_annotations: str = "annotations/instances_val2017.json"  # file, relative to data_dir
     workers: NotNegative = 4  # loader processes of each rank; 0: in the rank itself
     max_samples: Count = 1  # tries of each crop rule (MLPerf allows 1 or 50)
     skip_bad_images: bool = False  # go on without images that cannot be read, up to 1 % of them
 
     # Recipe
-    seed: NotNegative = 1
-    epochs: Count = 70
+    seed: Seed = 1  # of initial weights, order and augmentation
+    epochs: Count = 70  # passes over the training images at most
     max_steps: Count | None = None  # end after so many steps, whatever the epochs
     batch_size: Count = 32  # images a device and step
     gradient_accumulation: Count = 1  # parts in which a device computes its batch
     learning_rate: Rate = 2.5e-3  # before scaling
-    learning_rate_scaling: Literal["linear", "whole", "none"] = "linear"  # see base/schedule.py
-    warmup_epochs: Rate | None = None  # length of the warm-up in epochs …
-    warmup_steps: NotNegative | None = None  # … or in steps
-    warmup_factor: NotNegative = 0  # the first rate is rate · (1 - 2^-factor) + …; 0 starts at 0
+    learning_rate_scaling: Literal["linear", "whole", "none"] = "linear"  # rule for the global batch: base/schedule.py
+    warmup_epochs: Rate | None = None  # length of the warm-up, in epochs; null: see warmup_steps
+    warmup_steps: NotNegative | None = None  # length of the warm-up, in steps; null: see warmup_epochs
+    warmup_factor: Power = 0  # warm-up starts at rate · (1 - 2^-factor): 0 starts at rate 0
     decay_epochs: tuple[Count, ...] = (40, 50)  # after these epochs the rate falls
-    decay_factor: Share = 0.1  # … to this part
-    momentum: Share = 0.9
-    weight_decay: Rate = 5e-4
+    decay_factor: Share = 0.1  # part of the rate that a decay leaves
+    momentum: Share = 0.9  # of SGD
+    weight_decay: Rate = 5e-4  # of SGD, on all parameters
 
     # Evaluation
     target: Share | None = 0.23  # AP at which training ends; null: train all epochs
     eval_every: NotNegative = 5  # evaluate after every so many epochs; 0: only after eval_epochs and the last
-    eval_epochs: tuple[Count, ...] = ()  # … and after these epochs
+    eval_epochs: tuple[Count, ...] = ()  # evaluate after these epochs too
     eval_batch_size: Count = 32  # images a device
-    score_threshold: Share = 0.05
-    iou_threshold: Share = 0.5  # of non-maximum suppression
-    max_detections: Count = 200  # an image
+    score_threshold: Share = 0.05  # lowest score of a detection
+    iou_threshold: Share = 0.5  # overlap from which non-maximum suppression drops a box
+    max_detections: Count = 200  # kept in an image
 
     # Records
     runs_dir: str = "runs"  # where a run makes its folder
-    log_every: Count = 10  # steps
-    checkpoint_every: NotNegative = 0  # steps; a checkpoint is written after each epoch in any case
+    log_every: Count = 10  # steps between records of the loss
+    checkpoint_every: NotNegative = 0  # steps between checkpoints; 0: only after each epoch, as in any case
     keep_checkpoints: Count = 2  # the last so many are kept, beside the best
 
     @model_validator(mode="after")
@@ -131,7 +137,7 @@ class Resolved:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases and repeated keys; 1e-3 is a number, as in YAML 1.2."""
+    """Safe YAML without aliases and repeated keys; plain scalars as in YAML 1.2: 1e-3 is a number, 010, 1:30 and no are text."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -146,7 +152,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _form in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9]\d*)",
+    "float": r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_form})\Z", re.ASCII), [None])
+# What PyYAML raises: its own errors, and Python's for !!int x, !!bool x, !!timestamp x, numbers of 5,000 digits, deep nesting
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, TypeError, RecursionError)
 
 
 def resolve(folder: Path, name: str, overrides: Mapping[str, Any] | None = None) -> Resolved:
@@ -186,8 +201,10 @@ def validate(values: Mapping[str, Any], sources: Mapping[str, str]) -> Config:
 
 
 def _explain(problem: Mapping, sources: Mapping[str, str]) -> str:
-    if not problem["loc"]:
-        return problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:  # of several keys together: said with where each comes from
+        text = problem["msg"].removeprefix("Value error, ")
+        named = [f"{key} from {source}" for key, source in sources.items() if re.search(rf"\b{key}\b", text)]
+        return text + (f" ({', '.join(named)})" if named else "")
     key = str(problem["loc"][0])
     where = f"{sources.get(key, 'configuration')}: "
     if problem["type"] == "extra_forbidden":
@@ -195,14 +212,23 @@ def _explain(problem: Mapping, sources: Mapping[str, str]) -> str:
         return f"{where}unknown key {key!r}" + (
             f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(Config.model_fields)}"
         )
-    return f"{where}{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    value = list(problem["input"]) if isinstance(problem["input"], tuple) else problem["input"]
+    if problem["type"] in ("missing", "too_long"):
+        return f"{where}{key} is {value!r}: {len(typing.get_args(Config.model_fields[key].annotation))} values are needed"
+    text = problem["msg"].replace("valid tuple", "list").replace("valid dictionary", "mapping")
+    return f"{where}{key} is {value!r}: {text[0].lower()}{text[1:]}"
+
+
+def meanings() -> dict[str, str]:
+    """Key → what it means: the comments of the schema above, for ``--help``."""
+    return dict(re.findall(r"^    (\w+): [^#\n]+  # (.+)$", inspect.getsource(Config), re.MULTILINE))
 
 
 def parse_value(text: str) -> Any:
     """A flag's text as YAML would read it: 3, 1e-3, true, null, a name."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (_Loader is a SafeLoader)
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         return text
 
 
@@ -226,18 +252,18 @@ def _find(folder: Path, name: str, below: Path | None = None) -> Path:
     for place in places:
         if (place / f"{name}.yaml").is_file():
             return place / f"{name}.yaml"
-    known = list_configs(folder)
+    known = [other for other in list_configs(folder) if below is None or other != below.stem]
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
     hint = f"; did you mean {' or '.join(close)}?" if close else ";"
     raise UserError(
-        f"{f'{below}: extends' if below else f'backend {folder.name} has no'} configuration {name!r}{hint} there are: {', '.join(known)}"
+        f"{f'{below}: extends the unknown' if below else f'backend {folder.name} has no'} configuration {name!r}{hint} there are: {', '.join(known)}"
     )
 
 
 def _chain(folder: Path, name: str) -> list[Path]:
     """The file and its parents, nearest first."""
     chain = [_find(folder, name)]
-    while parent := _read(chain[-1]).get("extends"):
+    while (parent := _read(chain[-1]).get("extends")) is not None:
         path = _find(folder, parent, chain[-1])
         if path in chain:
             raise UserError(f"configurations extend each other in a ring: {' → '.join(p.stem for p in (*chain, path))}")
@@ -246,15 +272,20 @@ def _chain(folder: Path, name: str) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if len(data) > LARGEST_FILE:
         raise UserError(f"{path}: {len(data)} bytes are too many for a configuration (at most {LARGEST_FILE})")
     try:
         values = yaml.load(data, _Loader)  # noqa: S506 (_Loader is a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    except YAML_ERRORS as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split()).replace('<byte string>', path.name)}") from error
     if values is None:
         return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+    if not isinstance(values, dict):
         raise UserError(f"{path}: must hold `key: value` lines, and holds {type(values).__name__}")
+    if wrong := [key for key in values if not isinstance(key, str)]:
+        raise UserError(f"{path}: key {wrong[0]!r} is not a name; the keys are {', '.join(Config.model_fields)}")
     return values

@@ -9,6 +9,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from base.backends import backend_folder, list_backends
-from base.config import RECIPES, Config, Resolved, list_configs, parse_value, read_run, resolve
+from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate
 from base.errors import UserError
 from base.index import AnnotationIndex
 
@@ -27,27 +28,21 @@ DEMO_DATA = ROOT / "data" / "demo"
 DEFAULT_BACKEND, DEFAULT_CONFIG = "reference", "demo"
 ALIASES = {"nproc": "devices", "nproc_per_node": "devices", "nnodes": "nodes", "pretrained_backbone": "backbone_path"}
 # What may change when a run is resumed: nothing that alters the training so far.
-RESUMABLE = {
-    "workers",
-    "epochs",
-    "max_steps",
-    "target",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "data_dir",
-    "timeout",
-    "device",
-}
+RESUMABLE = {"workers", "epochs", "max_steps", "target", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "timeout", "device"}
 LAYOUT = "train2017/, val2017/, annotations/instances_train2017.json and annotations/instances_val2017.json"
 
 
-def parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parser(command: str = "bash run_training.sh") -> argparse.ArgumentParser:
     """Flags of a run; every key of the configuration is a flag too, with _ or -."""
-    result = argparse.ArgumentParser(
-        prog="bash run_training.sh",
+    result = _Parser(
+        prog=command,
+        usage=f"{command} [--name BACKEND] [--config CONFIG] [--data_dir DIR] [--backbone_path FILE] [--KEY VALUE …]",
         allow_abbrev=False,
-        epilog="Every key of base/config.py is a flag: --batch_size 16, --decay-epochs 8 10.",
     )
     result.add_argument("--name", default=None, help=f"backend (default {DEFAULT_BACKEND})")
     result.add_argument("--config", default=None, help=f"configuration of the backend (default {DEFAULT_CONFIG})")
@@ -58,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--node_rank", type=int, default=None, help="which node this is, with more than one")
     result.add_argument("--rdzv_endpoint", default=None, help="HOST:PORT where the nodes meet")
     result.add_argument("--rdzv_id", default="ssd", help="name of the meeting, the same on all nodes")
-    config = result.add_argument_group("configuration")
+    config = result.add_argument_group("configuration", "each flag overrides a key of the configuration file: --batch_size 16, --decay-epochs 8 10")
+    meaning = meanings()
     for key, field in Config.model_fields.items():
         names = [f"--{key}", *(f"--{alias}" for alias, name in ALIASES.items() if name == key)]
         kind: dict[str, Any] = {"nargs": None}
@@ -66,19 +62,22 @@ def parser() -> argparse.ArgumentParser:
             kind = {"nargs": "?", "const": "true"}
         elif typing.get_origin(field.annotation) in (tuple, dict):
             kind = {"nargs": "*"}
-        config.add_argument(*names, dest=key, default=argparse.SUPPRESS, metavar="V", help=argparse.SUPPRESS, **kind)
+        default = "null" if field.default is None else " ".join(map(str, field.default)) if "*" in kind.values() else field.default
+        text = f"{meaning.get(key, '')} (default {str(default).lower() or 'none'})".replace("%", "%%")
+        config.add_argument(*names, dest=key, default=argparse.SUPPRESS, metavar="V", help=text, **kind)
     return result
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+def parse(arguments: list[str], command: str = "bash run_training.sh") -> tuple[argparse.Namespace, dict[str, Any]]:
     """→ (flags of the launcher, configuration keys that flags set)."""
     spelled = []
     for argument in arguments:
         name, sign, value = argument.partition("=")
         spelled.append(name.replace("-", "_").replace("__", "--", 1) + sign + value if argument.startswith("--") else argument)
-    flags, unknown = parser().parse_known_args(spelled)
+    known_flags = parser(command)
+    flags, unknown = known_flags.parse_known_args(spelled)
     if unknown:
-        known = [option for action in parser()._actions for option in action.option_strings]
+        known = [option for action in known_flags._actions for option in action.option_strings]
         close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=2, cutoff=0.5)
         raise UserError(f"unknown argument {unknown[0]!r}" + (f"; did you mean {' or '.join(close)}?" if close else "; --help lists the flags"))
     overrides = {key: flag_value(key, getattr(flags, key)) for key in Config.model_fields if hasattr(flags, key)}
@@ -94,7 +93,8 @@ def flag_value(key: str, text: str | list[str]) -> Any:
             raise UserError(f"--use {wrong[0]!r} is not COMPONENT=BACKEND, such as loader=reference")
         return {slot: name for slot, _, name in pairs}
     if isinstance(text, list):
-        return [parse_value(item) for item in text]
+        values = [parse_value(item) for item in text]
+        return values[0] if len(values) == 1 and isinstance(values[0], list) else values  # --image_size=[96, 96]
     texts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     return text if str in texts and text != "null" else parse_value(text)
 
@@ -113,35 +113,34 @@ def main(arguments: list[str]) -> int:
             flags.rdzv_id if flags.node_rank is not None else time.strftime("%Y-%m-%d_%H%M%S") + f"-{name}-{flags.config or DEFAULT_CONFIG}"
         )
         folder = Path(resolved.config.runs_dir).absolute() / label
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"run folder {folder} exists already; go on with it by --resume {folder}, or choose another --run_name")
-    if not (flags.dry_run and resolved.config.data_dir == str(DEMO_DATA)):  # a dry run does not draw the demo data
+    command = torchrun_arguments(flags, resolved, name, folder)
+    draws = resolved.config.data_dir == str(DEMO_DATA) and not DEMO_DATA.exists()
+    if not draws:
         check_data(resolved.config)
     backend = check_backend(name, resolved)
-    command = torchrun_arguments(flags, resolved, name, folder)
     print(components(name, backend, resolved), flush=True)
     if flags.dry_run:
         from base.records import config_text
 
         print(f"\n{config_text(resolved, name)}\ncommand: torchrun {shlex.join(command)}")
         return 0
+    if draws:
+        from base.tools.demo_data import main as draw
+
+        draw(["--data_dir", str(DEMO_DATA)])
+        check_data(resolved.config)
     return torchrun(command, resolved.config, folder)
 
 
 def fresh(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, Resolved]:
-    """Backend and configuration of a new run; the demo draws its own data if none is named."""
+    """Backend and configuration of a new run; the demo has its own data if none is named."""
     name, config_name = flags.name or DEFAULT_BACKEND, flags.config or DEFAULT_CONFIG
     resolved = resolve(backend_folder(name), config_name, overrides)
-    if resolved.config.data_dir is None:
-        if config_name != DEFAULT_CONFIG:
-            raise UserError(
-                f"configuration {config_name!r} needs --data_dir: a folder with {LAYOUT}; prepare.py --download fetches COCO 2017"
-            )
-        if not DEMO_DATA.exists() and not flags.dry_run:
-            from base.tools.demo_data import main as draw
-
-            draw(["--data_dir", str(DEMO_DATA)])
-        resolved = resolve(backend_folder(name), config_name, {**overrides, "data_dir": str(DEMO_DATA)})
+    if resolved.config.data_dir is None and config_name == DEFAULT_CONFIG:
+        config = resolved.config.model_copy(update={"data_dir": str(DEMO_DATA)})
+        resolved = Resolved(config, {**resolved.sources, "data_dir": "the demo's own"})
     return name, resolved
 
 
@@ -151,22 +150,25 @@ def resumed(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, 
     for file in ("config.yaml", "environment.json"):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is no run folder: it has no {file}; --resume takes the folder that a run printed")
-    name = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["backend"]
+    try:
+        name = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["backend"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder / 'environment.json'} does not name the run's backend ({error!r}); start a new run") from error
     stored = read_run(folder / "config.yaml")
-    if flags.config or flags.name not in (None, name):
-        raise UserError(f"{folder} keeps its own backend ({name}) and configuration; leave out --name and --config, or start a new run")
+    if flags.config or flags.run_name or flags.name not in (None, name):
+        raise UserError(f"{folder} keeps its backend ({name}), configuration and name; leave out --name, --config and --run_name")
     if fixed := [key for key, value in overrides.items() if key not in RESUMABLE]:
         raise UserError(f"--{fixed[0]} cannot change when a run is resumed; what can: {', '.join(sorted(RESUMABLE))}")
     values = {**stored.model_dump(mode="json"), **overrides}
-    sources = {**dict.fromkeys(values, str(folder / "config.yaml")), **{key: f"--{key}" for key in overrides}}
-    from base.config import validate
-
+    sources = {**dict.fromkeys(values, f"--resume {folder}"), **{key: f"--{key}" for key in overrides}}
     return name, Resolved(validate(values, sources), sources), folder
 
 
 def check_data(config: Config) -> None:
     """The data folder has the layout, its annotations are packed and readable, its images are where they should be."""
-    folder = Path(config.data_dir or "")
+    if not config.data_dir:
+        raise UserError(f"--data_dir is missing: a folder with {LAYOUT}; prepare.py --download fetches COCO 2017")
+    folder = Path(config.data_dir)
     if not folder.is_dir():
         raise UserError(
             f"data folder {folder} does not exist; it needs {LAYOUT}; prepare.py --download fetches COCO 2017, --demo-data draws a small set"
@@ -178,6 +180,8 @@ def check_data(config: Config) -> None:
         raise UserError(f"data folder {folder} lacks {names}; it needs {LAYOUT}, and holds {there}")
     for kind in ("train", "val"):
         index, images = AnnotationIndex.open(config.path(f"{kind}_annotations"), log=print), config.path(f"{kind}_images")
+        if not len(index):
+            raise UserError(f"{config.path(f'{kind}_annotations')} lists no images")
         if not any((images / index.file_name(number)).is_file() for number in range(min(100, len(index)))):
             raise UserError(
                 f"{images} holds none of the first images of {config.path(f'{kind}_annotations')}, such as {index.file_name(0)}"
@@ -201,7 +205,7 @@ def check_backend(name: str, resolved: Resolved):
     if here is not None and here < config.devices:
         what = f"{here} {kind} device{'s' * (here != 1)}" if kind != "cpu" else "no accelerator"
         raise UserError(
-            f"the configuration wants {config.devices} devices a node and this machine has {what}; "
+            f"the configuration wants {config.devices} device{'s' * (config.devices != 1)} a node and this machine has {what}; "
             "choose a configuration that fits (--list), pass --nproc N, or --device cpu --nproc N for N processes on the CPU"
         )
     model = backend.model(num_classes=2, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
@@ -226,11 +230,14 @@ def components(name: str, backend, resolved: Resolved) -> str:
 
 def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str, folder: Path) -> list[str]:
     """torchrun's own arguments, then the rank's."""
-    config = resolved.config
+    config, last = resolved.config, resolved.config.nodes - 1
+    if flags.node_rank is not None and not 0 <= flags.node_rank <= last:
+        raise UserError(f"--node_rank {flags.node_rank} is not one of {config.nodes} nodes, which are 0…{last}; --nodes sets how many there are")
     if config.nodes == 1:
         where = ["--standalone"]
-    elif not flags.rdzv_endpoint:
-        raise UserError(f"{config.nodes} nodes need --rdzv_endpoint HOST:PORT (and --node_rank 0…{config.nodes - 1}) on each of them")
+    elif not re.fullmatch(r".+:\d+", flags.rdzv_endpoint or ""):
+        given = "is missing" if flags.rdzv_endpoint is None else f"is {flags.rdzv_endpoint!r}"
+        raise UserError(f"{config.nodes} nodes need --rdzv_endpoint HOST:PORT (and --node_rank 0…{last}) on each of them; it {given}")
     else:
         kind = ["--rdzv-backend", "c10d"] if flags.node_rank is None else ["--rdzv-backend", "static", "--node-rank", str(flags.node_rank)]
         where = ["--nnodes", str(config.nodes), "--rdzv-endpoint", flags.rdzv_endpoint, "--rdzv-id", flags.rdzv_id, *kind]
@@ -254,7 +261,8 @@ def torchrun(command: list[str], config: Config, folder: Path) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.devices)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for a step and a checkpoint after SIGTERM
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # ranks say themselves what went wrong
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # ranks say themselves what went wrong
     try:
         run.run(run.parse_args(command))
     except SignalException as signal:
@@ -282,5 +290,5 @@ def listing() -> str:
 def first_comment(folder: Path, config: str) -> str:
     """The first line of a configuration file, which says what it is."""
     own = folder / "config" / f"{config}.yaml"
-    line = (own if own.is_file() else RECIPES / f"{config}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    line = (own if own.is_file() else RECIPES / f"{config}.yaml").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     return line.lstrip("# ") if line.startswith("#") else ""

@@ -8,11 +8,12 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from base.config import Config, Resolved
+from base.config import Config, Resolved, parse_value
 from base.errors import UserError
 from base.mlperf import MLPerfLog
 from base.terminal import Display
@@ -76,14 +77,20 @@ def write_start(folder: Path, resolved: Resolved, backend: str, suppliers: dict[
 
 
 def config_text(resolved: Resolved, backend: str) -> str:
-    """The resolved configuration as YAML, each line with its source; readable by `read_config_text`."""
+    """The resolved configuration as YAML, each line with its source; which `base.config.read_run` reads."""
     values = resolved.config.model_dump(mode="json")
-    lines = [f"{key}: {yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}" for key, value in values.items()]
+    lines = [f"{key}: {_yaml(value)}" for key, value in values.items()]
     width = max(map(len, lines))
     root = str(Path(__file__).resolve().parents[1]) + os.sep
     notes = [resolved.sources.get(key, "default").replace(root, "") for key in values]
     body = "".join(f"{line:{width}}  # {note}\n" for line, note in zip(lines, notes, strict=True))
     return f"# backend: {backend}\n{body}"
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line that reads back as it was: quoted where it would turn into something else, such as 1e-3 or two lines."""
+    plain, quoted = (yaml.safe_dump(value, default_flow_style=True, default_style=s, width=10**6).splitlines()[0] for s in (None, '"'))
+    return plain if parse_value(plain) == value else quoted
 
 
 def commit() -> str:

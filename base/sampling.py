@@ -15,7 +15,7 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
 
 def sample_rng(seed: int, epoch: int, image_id: int) -> np.random.Generator:
     """The random numbers of one image's augmentation in one epoch."""
-    return np.random.default_rng([seed, epoch, image_id])
+    return np.random.default_rng([seed, epoch, image_id % 2**64])  # ids may be negative, seeds may not
 
 
 def train_shard(images: int, seed: int, epoch: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Weights from elsewhere: torchvision's ResNet files and MLPerf reference checkpoints."""
 
 import hashlib
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -37,16 +36,13 @@ def read_tensors(path: str | Path) -> dict:
                 if (broken := archive.testzip()) is not None:
                     raise UserError(f"{path} is damaged: {broken} does not have its checksum")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "weights_only" in str(error).lower():
-            raise UserError(f"{path} is refused: it holds more than tensors and plain values, which could run code when loaded") from error
-        raise UserError(f"{path} is damaged or not a torch file: {_first_line(error)}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError, IndexError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is truncated, damaged or not a torch file: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes the reader stumble in any way
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path} is refused: it holds {found[1]}, not only tensors and plain values: it could run code when loaded") from error
+        detail = re.split(r"\n|\. In PyTorch", str(error))[0] or type(error).__name__
+        raise UserError(f"{path} is truncated, damaged or not a torch file ({detail}); put a whole one in its place") from error
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> None:
@@ -60,7 +56,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
         raise UserError(
             f"backbone {path} is not the file that its name promises: SHA-256 {actual[:8]}…, not {named[1]}…; download it again"
         )
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"backbone {path} does not hold a torchvision state dict")
     wanted = model.backbone.state_dict()
     missing = [name for name in wanted if name not in state and not name.endswith("num_batches_tracked")]
@@ -69,7 +65,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
     ]
     surplus = [name for name in state if name not in wanted and not name.startswith(("layer4.", "fc."))]
     if missing or shapes or surplus:
-        detail = [f"lacks {missing[0]}"] * bool(missing) + shapes[:1] + [f"has {surplus[0]} besides"] * bool(surplus)
+        detail = [f"lacks {name}" for name in missing[:1]] + [f"has {text}" for text in [*shapes[:1], *(f"{name} besides" for name in surplus[:1])]]
         raise UserError(f"backbone {path} is not weights of this model's ResNet: it {' and '.join(detail)}; is --backbone right?")
     model.backbone.load_state_dict({name: state.get(name, tensor) for name, tensor in wanted.items()})
 
@@ -84,7 +80,7 @@ def _sha256(path: Path) -> str:
 
 def is_mlperf(state: dict) -> bool:
     """Whether a state dict has the MLPerf reference's names (perhaps behind DistributedDataParallel's ``module.``)."""
-    return any(name.removeprefix("module.").startswith("model.layer1.0.") for name in state)
+    return any(str(name).removeprefix("module.").startswith("model.layer1.0.") for name in state)
 
 
 def from_mlperf(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -94,10 +90,10 @@ def from_mlperf(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed = {}
     for name, tensor in state.items():
-        name = name.removeprefix("module.")
+        name = str(name).removeprefix("module.")
         match = next(((theirs, ours) for theirs, ours in MLPERF_PREFIXES if name.startswith(theirs)), None)
-        if match is None:
-            raise UserError(f"{name!r} is no name of an SSD-ResNet checkpoint in MLPerf's layout")
+        if match is None or not isinstance(tensor, Tensor):
+            raise UserError(f"{name!r} is no weight of an SSD-ResNet checkpoint in MLPerf's layout")
         ours = match[1] + name.removeprefix(match[0])
         renamed[ours] = _reorder_head(ours, tensor)
     return renamed
@@ -105,7 +101,7 @@ def from_mlperf(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _reorder_head(name: str, tensor: Tensor) -> Tensor:
     kind, level, *_ = name.split(".")
-    if kind not in ("offset_heads", "class_heads"):
+    boxes = dict(enumerate(BOXES_PER_CELL)).get(int(level) if level.isdecimal() else None)
+    if kind not in ("offset_heads", "class_heads") or boxes is None or not tensor.dim() or len(tensor) % boxes:
         return tensor
-    boxes = BOXES_PER_CELL[int(level)]
     return tensor.reshape(-1, boxes, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)

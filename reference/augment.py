@@ -15,7 +15,10 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.125, 0.5, 0.5, 0.05
 def augment(
     image: Image.Image, boxes: np.ndarray, labels: np.ndarray, size: tuple[int, int], rng: np.random.Generator, max_samples: int
 ) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-    """An RGB image, ltrb boxes (M, 4) in [0, 1] and labels (M) → the same of a sample of ``size`` (height, width)."""
+    """An RGB image, ltrb boxes (M, 4) in [0, 1] and labels (M) → the same of a sample of ``size`` (height, width).
+
+    Boxes come back as float32. One that is so thin that 32 bits do not resolve it where it now lies is dropped.
+    """
     crop, kept = random_crop(boxes, rng, max_samples)
     boxes, labels = clip_to_crop(boxes[kept], crop), labels[kept]
     left, top, right, bottom = (int(edge * side) for edge, side in zip(crop, image.size * 2, strict=True))
@@ -23,7 +26,9 @@ def augment(
     if rng.random() < FLIP_PROBABILITY:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         boxes[:, [0, 2]] = 1 - boxes[:, [2, 0]]
-    return colour_jitter(resize(image, size), rng), boxes, labels
+    boxes = np.clip(boxes, 0, 1).astype(np.float32)
+    thick = (boxes[:, :2] < boxes[:, 2:]).all(1)
+    return colour_jitter(resize(image, size), rng), boxes[thick], labels[thick]
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -5,18 +5,29 @@
 | greyscale, palette, CMYK | converted to RGB |
 | 16 bits a channel | the upper 8 bits are used |
 | transparency | dropped |
-| EXIF orientation | obeyed if the image then has the recorded size, or has it either way |
+| EXIF orientation | obeyed if the image then has the recorded aspect ratio, or has it either way; damaged EXIF: none |
 | another size than recorded, same aspect ratio | used: boxes are relative to the recorded size |
 | another aspect ratio than recorded | refused: the boxes cannot belong to it |
 | truncated, empty, missing, not an image, over 179 million pixels | refused |
 """
 
+import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # PIL opens MPO, a JPEG with further pictures, as JPEG
+DAMAGE = (OSError, ValueError, SyntaxError, TypeError, LookupError, struct.error, Image.DecompressionBombError)  # PIL raises all of these
+TURNS = {  # EXIF orientation → what shows the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadImage(Exception):
@@ -34,20 +45,31 @@ def read_rgb(path: str | Path, recorded_size: tuple[int, int] | None = None) -> 
     """The picture as PIL RGB. ``recorded_size`` is (height, width) from the annotations. Raises BadImage."""
     try:
         with Image.open(path, formats=FORMATS) as file:
-            oriented = ImageOps.exif_transpose(file)
-            fits = recorded_size is None or aspect_fits(oriented.size, recorded_size)
-            picture = to_rgb(oriented if fits else file)
+            turn = TURNS.get(orientation(file))  # 1: none
+            picture = to_rgb(file)
+            turned = picture if turn is None else picture.transpose(turn)
+            if recorded_size is None or aspect_fits(turned.size, recorded_size):
+                picture = turned
     except FileNotFoundError as error:
         raise BadImage(path, "the file is missing") from error
     except UnidentifiedImageError as error:
         empty = Path(path).stat().st_size == 0
         raise BadImage(path, "the file is empty" if empty else f"not a readable {', '.join(FORMATS)} image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's decoders raise all of these
+    except DAMAGE as error:
         raise BadImage(path, f"cannot be decoded: {error}") from error
     if recorded_size is not None and not aspect_fits(picture.size, recorded_size):
         height, width = recorded_size
         raise BadImage(path, f"is {picture.width}×{picture.height}, but the annotations say {width}×{height}")
     return picture
+
+
+def orientation(file: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, as stored, if there is none or the EXIF data are damaged."""
+    try:
+        value = file.getexif().get(ExifTags.Base.Orientation, 1)
+    except DAMAGE:
+        return 1
+    return value if value in TURNS else 1
 
 
 def aspect_fits(size: tuple[int, int], recorded_size: tuple[int, int]) -> bool:

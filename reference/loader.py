@@ -1,5 +1,12 @@
-"""Loading with PIL in worker processes of torch's DataLoader."""
+"""Loading with PIL in worker processes of torch's DataLoader.
 
+The workers are forked, where that is the system's way, from a process that may have threads by then. They touch neither
+its accelerator nor its process groups, and torch gives each one thread, so that no lock of a lost thread is waited for.
+"""
+
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +22,7 @@ from base.sampling import eval_shard, sample_rng, train_shard
 from .augment import augment, resize
 from .images import BadImage, read_rgb
 
-REPLACEMENTS = 100  # images tried in the place of one that cannot be read
+REPLACEMENTS = 100  # images tried, itself the first, in the place of one that cannot be read
 
 
 class Samples(Dataset):
@@ -40,7 +47,7 @@ class Samples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         epoch, position = key
         bad = []
-        tries = REPLACEMENTS if self.skip and epoch >= 0 else 1
+        tries = min(REPLACEMENTS, len(self.pool)) if self.skip and epoch >= 0 else 1
         for candidate in range(position, position + tries):
             try:
                 return (*self.sample(epoch, self.pool[candidate % len(self.pool)]), bad)
@@ -60,19 +67,20 @@ class Samples(Dataset):
         return np.asarray(image), boxes, labels, image_id, size
 
 
-def collate(samples: list[tuple]) -> tuple[Batch | None, list]:
-    """Samples → (Batch, bad files); boxes padded to the longest of the batch, to at least one."""
+def collate(samples: list[tuple]) -> tuple[Batch | None, list, int]:
+    """Samples → (Batch, bad files, samples lost); boxes padded to the longest of the batch, to at least one."""
     bad = [file for sample in samples for file in sample[-1]]
+    lost = sum(sample[0] is None for sample in samples)
     samples = [sample for sample in samples if sample[0] is not None]
     if not samples:
-        return None, bad
+        return None, bad, lost
     images, boxes, labels, ids, sizes, _ = zip(*samples, strict=True)
     longest = max(1, *map(len, labels))
     padded_boxes, padded_labels = torch.zeros(len(samples), longest, 4), torch.zeros(len(samples), longest, dtype=torch.long)
     for row, (b, c) in enumerate(zip(boxes, labels, strict=True)):
         padded_boxes[row, : len(b)], padded_labels[row, : len(c)] = torch.from_numpy(b), torch.tensor(c)
     images, sizes = torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(sizes)).long()
-    return Batch(images, padded_boxes, padded_labels, torch.tensor(ids), sizes), bad
+    return Batch(images, padded_boxes, padded_labels, torch.tensor(ids), sizes), bad, lost
 
 
 class Plan:
@@ -88,16 +96,30 @@ class Plan:
         return len(self.batches)
 
 
-class PlainLoader:
-    """`base.contracts.Loader` over `Samples`; ``plan(epoch)`` gives the keys of an epoch's batches."""
+def leave_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM reach a rank's whole process group; only the rank acts on them, and ends its workers."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def __init__(self, samples: Samples, plan: Callable[[int], list[list]], workers: int, epoch: int = 0):
-        self.plan, self.bad_images = plan, {}
+
+class PlainLoader:
+    """`base.contracts.Loader` over `Samples`; ``plan(epoch)`` gives the keys of an epoch's batches.
+
+    ``gaps``: a batch may lack samples that cannot be read.
+    """
+
+    def __init__(self, samples: Samples, plan: Callable[[int], list[list]], workers: int, gaps: bool, epoch: int = 0):
+        self.plan, self.gaps, self.bad_images = plan, gaps, {}
         self.sampler = Plan(plan(epoch))
         self.batches = len(self.sampler)
         self.skip = samples.skip
         self.loader = DataLoader(
-            samples, batch_sampler=self.sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
+            samples,
+            batch_sampler=self.sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=leave_group,
+            persistent_workers=workers > 0,
         )
 
     def __len__(self) -> int:
@@ -109,22 +131,37 @@ class PlainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises UserError naming the file that cannot be read, or the worker that died."""
-        batches = iter(self.loader)
+        batches = self._started()
         while True:
             try:
-                batch, bad = next(batches)
+                batch, bad, lost = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if "DataLoader worker (pid" not in str(error):  # anything else is an error within a worker
                     raise
                 raise UserError(f"a loader process ended unexpectedly (out of memory, or killed): {error}") from error
-            if bad and not self.skip:
+            if lost and not self.gaps:
                 path, reason = bad[0]
+                if self.skip:
+                    raise UserError(f"none of up to {REPLACEMENTS} images in a row can be read, such as {path}: {reason}; mend the data set")
                 raise UserError(f"image {path}: {reason}; mend or remove it, or pass --skip-bad-images to go on without it")
             self.bad_images.update(bad)
             if batch is not None:
                 yield batch
+
+    def _started(self) -> Iterator:
+        """The DataLoader's iterator, with this process's handling of SIGCHLD kept.
+
+        torch's own would raise a worker's death wherever the main thread is, such as in the middle of a training step.
+        Without it, waiting for the next batch notices the death, within five seconds.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return iter(self.loader)
+        own = signal.getsignal(signal.SIGCHLD)
+        batches = iter(self.loader)
+        signal.signal(signal.SIGCHLD, own if own is not None else signal.SIG_DFL)
+        return batches
 
 
 def train_loader(
@@ -153,7 +190,7 @@ def train_loader(
         return [[(epoch, position) for position in batch] for batch in shard.tolist()]
 
     samples = Samples(index, image_dir, with_boxes, image_size, seed, max_samples, skip_bad_images)
-    return PlainLoader(samples, plan, workers, epoch)
+    return PlainLoader(samples, plan, workers, gaps=False, epoch=epoch)
 
 
 def eval_loader(
@@ -171,4 +208,4 @@ def eval_loader(
     index = AnnotationIndex.open(annotation_file)
     shard = eval_shard(len(index), batch_size, rank, world_size)
     samples = Samples(index, image_dir, np.arange(len(index)), image_size, 0, 1, skip_bad_images)
-    return PlainLoader(samples, lambda epoch: [[(-1, position) for position in batch] for batch in shard], workers)
+    return PlainLoader(samples, lambda epoch: [[(-1, position) for position in batch] for batch in shard], workers, gaps=skip_bad_images)

@@ -52,19 +52,39 @@ def demo_data(tmp_path_factory) -> Path:
 SMALL = ["--image_size", "96", "96", "--strides", "1", "1", "1", "1", "1", "1", "--batch_size", "8", "--eval_batch_size", "16"]
 
 
+class Started:
+    """A run of run_training.sh in a process of its own."""
+
+    def __init__(self, folder: Path, flags: list[str], env: dict | None = None):
+        environment = {**os.environ, "SSD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **(env or {})}
+        command = ["bash", str(ROOT / "run_training.sh"), *flags]
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+
+    def wait_done(self, seconds: float = 500) -> subprocess.CompletedProcess:
+        """Waits for the end: return code and what it printed."""
+        try:
+            out, err = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
+
+
+def start_training(folder: Path, data_dir: Path, flags: list[str], run: str = "run", env: dict | None = None) -> Started:
+    """Starts a run on small data, in ``folder/run``; with --resume exactly the flags given."""
+    if "--resume" not in flags:
+        standard = ["--config", "demo", "--data_dir", str(data_dir), *SMALL, "--runs_dir", str(folder), "--run_name", run]
+        flags = [*standard, *flags]
+    return Started(folder, list(flags), env)
+
+
 @pytest.fixture
 def train(demo_data, tmp_path):
-    """Starts run_training.sh on the small demo data: train("--epochs", "2", …) → finished process, run in tmp_path/"run"."""
+    """train("--epochs", "2", …) → finished process, its run in tmp_path/"run"; with wait=False the running process."""
 
-    def start(*flags: str, wait: bool = True, run: str = "run", data_dir: Path = demo_data, env: dict | None = None, small: bool = True):
-        resume = "--resume" in flags
-        standard = [] if resume else ["--config", "demo", "--data_dir", str(data_dir), *(SMALL if small else [])]
-        place = [] if resume else ["--runs_dir", str(tmp_path), "--run_name", run]
-        command = ["bash", str(ROOT / "run_training.sh"), *standard, *place, *flags]
-        environment = {**os.environ, "SSD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **(env or {})}
-        if not wait:
-            return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    def start(*flags: str, wait: bool = True, run: str = "run", data_dir: Path = demo_data, env: dict | None = None):
+        started = start_training(tmp_path, data_dir, list(flags), run, env)
+        return started.wait_done() if wait else started.process
 
     return start
 

@@ -1,11 +1,13 @@
 """Backends are imported as ``base.backends.<name>``, never by their bare name.
 
 The package's path is the list of directories that hold backends: the project's root, then those of ``$SSD_BACKEND_PATH``.
-So a folder called ``nvidia`` or ``torch`` here never meets an installed package of that name, and what is imported this
+So a folder here that is called like an installed package never meets it (some wheels own a vendor's bare name), and what is imported this
 way pickles and survives a spawned process like any module.
 
 Nothing here imports torch: the names are known before anything is installed or loaded.
 """
+
+from __future__ import annotations  # prepare.py runs on whatever Python there is
 
 import difflib
 import os
@@ -20,6 +22,8 @@ __path__ += [str(Path(entry).expanduser().resolve()) for entry in os.environ.get
 
 def list_backends() -> list[str]:
     """The names of all backends, sorted: folders with a ``backend.py`` in the project or in ``$SSD_BACKEND_PATH``."""
+    if wrong := [place for place in __path__ if not Path(place).is_dir()]:
+        raise UserError(f"$SSD_BACKEND_PATH names {wrong[0]}, which is not a folder; it takes folders that hold backend folders")
     found = {path.parent for place in __path__ for path in Path(place).glob("*/backend.py")}
     return sorted({folder.name for folder in found if folder != CONTRACTS})
 

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sets up and runs the tests: bash tests/run.sh [--all] [pytest arguments …]
+# --all adds the long ones: kills with two ranks, the whole demo training, sizes of COCO.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+
+select=(-m "not long")
+if [[ ${1:-} == --all ]]; then
+    select=()
+    shift
+fi
+
+python3 prepare.py --name reference --with-tests
+active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+exec "${active:-$root/.venv}/bin/python" -m pytest "${select[@]}" "$@"

@@ -1,0 +1,294 @@
+"""Backends that come from elsewhere: found by their folder, held to the contracts, explained when broken."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from base.backend import CONTRACTS, SLOTS, list_backends, load_backend
+from base.backends import backend_folder
+from base.errors import UserError
+from tests.conftest import ROOT, SMALL, Started
+
+HEAD = "from base.backend import Backend\n"
+GOOD = """
+from base.backend import Backend
+from .parts import counted_loss
+
+BACKEND = Backend(name="stranger", loss=counted_loss)
+"""
+PARTS = '''
+import os
+
+from base.backends.reference.loss import multibox_loss
+
+
+def counted_loss(predictions, targets):
+    """The reference's loss, leaving a mark that it was called."""
+    if place := os.environ.get("MARKS"):
+        with open(place, "a") as file:
+            file.write("called\\n")
+    return multibox_loss(predictions, targets)
+
+
+def double(number):
+    return 2 * number
+'''
+
+
+@pytest.fixture
+def place(tmp_path):
+    """place(name, **files) writes a backend folder into a directory for $SSD_BACKEND_PATH; place.path is that directory."""
+
+    def write(name: str, **files: str) -> Path:
+        folder = write.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (folder / f"{file}.py").write_text(text)
+        return folder
+
+    write.path = tmp_path / "backends"
+    write.path.mkdir()
+    return write
+
+
+def python(script: str, path: Path, *arguments: str, **env: str) -> str:
+    """What a script prints in a process of its own, with backends in ``path``."""
+    environment = {**os.environ, "SSD_BACKEND_PATH": str(path), "OMP_NUM_THREADS": "1", **env}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, cwd=path.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# A stranger's backend that works
+
+
+def test_a_strangers_backend_trains(place, tmp_path, demo_data):
+    place("stranger", backend=GOOD, parts=PARTS)
+    (place.path / "stranger" / "config").mkdir()
+    (place.path / "stranger" / "config" / "CPUx1x1.yaml").write_text("# The stranger's own.\nextends: demo\nbatch_size: 8\n")
+    env = {"SSD_BACKEND_PATH": str(place.path), "MARKS": str(tmp_path / "marks")}
+    listed = Started(tmp_path, ["--list"], env).wait_done()
+    assert re.search(r"^stranger\n  CPUx1x1 +The stranger's own\.$", listed.stdout, re.MULTILINE) and "\nreference\n" in f"\n{listed.stdout}"
+
+    flags = ["--name", "stranger", "--config", "CPUx1x1", "--data_dir", str(demo_data), *SMALL, "--max_steps", "2", "--workers", "0"]
+    flags += ["--target", "null", "--device", "cpu", "--runs_dir", str(tmp_path)]
+    done = Started(tmp_path, [*flags, "--run_name", "own"], env).wait_done()
+    assert done.returncode == 0, done.stderr
+    assert "  loss          stranger\n" in done.stdout and "  matcher       reference\n" in done.stdout
+    assert (tmp_path / "marks").read_text().count("called") == 2
+    facts = json.loads((tmp_path / "own" / "environment.json").read_text())
+    assert facts["components"] == {**dict.fromkeys(SLOTS, "reference"), "loss": "stranger"} and facts["backend"] == "stranger"
+
+
+def test_backends_extend_one_another_and_parts_can_be_swapped(place):
+    place("stranger", backend=GOOD, parts=PARTS)
+    child = 'def match(boxes, labels, default_boxes): ...\nBACKEND = Backend(name="child", extends="stranger", device="cpu", matcher=match)'
+    place("child", backend=HEAD + child)
+    script = """
+from base.backend import load_backend
+child = load_backend("child", {"loader": "reference", "decoder": "child"})
+print(dict(child.suppliers)); print(child.device, child.loss.__module__, child.matcher.__module__)
+swapped = load_backend("reference", {"matcher": "child", "loss": "child"})
+print(swapped.suppliers["matcher"], swapped.suppliers["loss"], swapped.suppliers["model"], swapped.name)
+print(load_backend("stranger", {"loss": "reference"}).suppliers["loss"])
+try:
+    child.suppliers["loss"] = "other"
+except TypeError:
+    print("frozen")
+"""
+    lines = python(script, place.path).splitlines()
+    assert lines[0] == str({**dict.fromkeys(SLOTS, "reference"), "loss": "stranger", "matcher": "child"})
+    assert lines[1] == "cpu base.backends.stranger.parts base.backends.child.backend"
+    assert lines[2:] == ["child stranger reference reference", "reference", "frozen"]
+
+
+def test_parts_of_a_backend_reach_a_spawned_process_and_no_other_backend_is_imported(place):
+    place("stranger", backend=GOOD, parts=PARTS)
+    place("broken", backend="raise SystemExit('imported')")
+    script = """
+import multiprocessing, pickle, sys
+if __name__ == "__main__":
+    from base.backend import list_backends, load_backend
+    from base.backends.stranger.parts import double
+    loss = load_backend("stranger").loss
+    assert pickle.loads(pickle.dumps(loss)) is loss
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map(double, [1, 21]))
+    print("broken" in list_backends(), "base.backends.broken.backend" in sys.modules, "base" in list_backends())
+"""
+    assert python(script, place.path) == "[2, 42]\nTrue False False\n"
+
+
+def test_a_backend_folder_does_not_hide_an_installed_package_of_its_name(place, tmp_path):
+    place("nvidia", backend=HEAD + 'import nvidia.dali\nBACKEND = Backend(name="nvidia")\nDALI = nvidia.dali.VERSION')
+    wheel = tmp_path / "site" / "nvidia" / "dali"
+    wheel.mkdir(parents=True)
+    (wheel.parent / "__init__.py").write_text("")
+    (wheel / "__init__.py").write_text("VERSION = 'the installed one'")
+    script = """
+import nvidia.dali
+import base.backends.nvidia.backend as ours
+from base.backend import load_backend
+print(nvidia.dali.VERSION, ours.DALI, load_backend("nvidia") is not None, ours.BACKEND.name, nvidia.dali.__name__)
+"""
+    printed = python(script, place.path, PYTHONPATH=str(tmp_path / "site"))
+    assert printed == "the installed one the installed one True nvidia nvidia.dali\n"
+
+
+# Broken ones: name → what backend.py holds, and what is said. NAME, HERE: the backend's name and folder; *: anything
+
+OWN = HEAD + "BACKEND = Backend(name='NAME', "  # two lines
+MUST = "HERE/backend.py must define BACKEND = Backend(name='NAME', …), as its folder is called, and has "
+BROKEN = {
+    "empty": ("", MUST + "none"),
+    "mistyped": ("BACKEND = {'name': 'mistyped'}", MUST + "{'name': 'mistyped'}"),
+    "misnamed": (HEAD + "BACKEND = Backend(name='other')", MUST + "the name 'other'"),
+    "unknown_slot": ("\n" + OWN + "los=print)", "HERE/backend.py:3: backend 'NAME' cannot be imported: *'los'; did you mean loss"),
+    "unnamed": (HEAD + "BACKEND = Backend()", "HERE/backend.py:2: *missing 1 required keyword-only argument: 'name'"),
+    "not_callable": (OWN + "loss=3)", "HERE/backend.py: component 'loss' is 3, which cannot be called"),
+    "device_type": (OWN + "device=0)", "HERE/backend.py: device=0 must be a name"),
+    "signature": (
+        "def loss(predictions):\n    return 0\n" + OWN + "loss=loss)",
+        "HERE/backend.py:1: component 'loss'(predictions) cannot be called as loss(predictions, targets): too many positional",
+    ),
+    "keyword_only": (
+        "\ndef decode(predictions, default_boxes, *, score_threshold, iou_threshold, max_detections): ...\n" + OWN + "decoder=decode)",
+        "HERE/backend.py:2: component 'decoder'*cannot be called as decoder(predictions, default_boxes, score_threshold=…",
+    ),
+    "asks_more": (
+        "def match(boxes, labels, default_boxes, threshold): ...\n" + OWN + "matcher=match)",
+        "HERE/backend.py:1: component 'matcher'*missing a required argument: 'threshold'",
+    ),
+    "missing_package": (
+        "import os\nimport not_there.at_all",
+        "HERE/backend.py:2: backend 'NAME' needs the package 'not_there', which is not installed: python3 prepare.py --name NAME",
+    ),
+    "missing_module": ("from .nowhere import loss", "HERE/backend.py:1: there is no module base.backends.NAME.nowhere"),
+    "missing_in_base": ("\nfrom base.nowhere import loss", "HERE/backend.py:2: there is no module base.nowhere"),
+    "missing_name": ("from base.errors import Nothing", "HERE/backend.py:1: backend 'NAME' cannot be imported: ImportError: "),
+    "syntax": ("x = 1\ndef f(:\n    pass", "HERE/backend.py:2: backend 'NAME' cannot be imported: invalid syntax"),
+    "raises": ("import ctypes\n\nctypes.CDLL('libnot_there.so')", "HERE/backend.py:3: backend 'NAME' cannot be imported: OSError: libnot_there.so"),
+    "key_error": ("import os\nos.environ['ABSENT']", "HERE/backend.py:2: backend 'NAME' cannot be imported: KeyError: 'ABSENT'"),
+    "asserts": ("assert False", "HERE/backend.py:1: backend 'NAME' cannot be imported: AssertionError"),
+    "says_itself": ("from base.errors import UserError\nraise UserError('install the driver')", "install the driver"),
+    "alone": (OWN + "extends=None)", "HERE/backend.py extends nothing and lacks train_loader, *; add them or extends='reference'"),
+    "orphan": (OWN + "extends='referense')", "HERE/backend.py extends 'referense': no backend is called 'referense'; did you mean reference?"),
+    "ring": (OWN + "extends='ring_too')", "backends extend each other in a ring: ring → ring_too → ring"),
+    "ring_too": (OWN + "extends='ring')", "backends extend each other in a ring: ring_too → ring → ring_too"),
+    "selfish": (OWN + "extends='selfish')", "backends extend each other in a ring: selfish → selfish"),
+}
+TELL_ALL = """
+import json, sys
+from base.backend import load_backend
+from base.errors import UserError
+said = {}
+for name in sys.argv[1:]:
+    try:
+        load_backend(name)
+        said[name] = "loaded"
+    except UserError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """The folder of all broken backends, and what loading each says."""
+    path = tmp_path_factory.mktemp("broken") / "backends"
+    for name, (text, _) in BROKEN.items():
+        (path / name).mkdir(parents=True)
+        (path / name / "backend.py").write_text(text.replace("NAME", name))
+    return path, json.loads(python(TELL_ALL, path, *BROKEN))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_backends_are_explained(told, name):
+    path, said = told
+    wanted = BROKEN[name][1].replace("NAME", name).replace("HERE", str(path / name))
+    assert re.match(".*".join(map(re.escape, wanted.split("*"))), said[name], re.DOTALL), said[name]
+    assert len(said[name]) < 600 and "Traceback" not in said[name]
+
+
+def test_a_broken_backend_ends_a_run_with_one_message(place, tmp_path, demo_data):
+    place("absent", backend="import not_there")
+    flags = ["--name", "absent", "--config", "demo", "--data_dir", str(demo_data)]
+    done = Started(tmp_path, flags, {"SSD_BACKEND_PATH": str(place.path)}).wait_done()
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    assert "needs the package 'not_there', which is not installed: python3 prepare.py --name absent" in done.stderr
+
+
+FIND = """
+import sys
+from base.backends import backend_folder, list_backends
+from base.errors import UserError
+try:
+    print(backend_folder(sys.argv[1]))
+except UserError as error:
+    print(error)
+assert "torch" not in sys.modules
+"""
+
+
+def test_two_folders_of_one_name_are_both_named(place, tmp_path):
+    other = tmp_path / "others"
+    for path in (place.path, other):
+        (path / "twin").mkdir(parents=True)
+        (path / "twin" / "backend.py").write_text(HEAD + "BACKEND = Backend(name='twin')")
+    both = os.pathsep.join(map(str, (place.path, other)))
+    said = python(FIND, place.path, "twin", SSD_BACKEND_PATH=both)
+    assert said == f"two folders call themselves backend 'twin': {place.path / 'twin'} and {other / 'twin'}; rename one\n"
+    again = os.pathsep.join(map(str, (place.path, "", place.path, ROOT)))  # the same place twice, or the project's, is one place
+    assert python(FIND, place.path, "twin", SSD_BACKEND_PATH=again) == f"{place.path / 'twin'}\n"
+    assert python(FIND, place.path, "reference", SSD_BACKEND_PATH=again) == f"{ROOT / 'reference'}\n"
+
+
+def test_a_backend_path_that_is_no_folder_is_named(tmp_path):
+    said = python(FIND, tmp_path, "reference", SSD_BACKEND_PATH=str(tmp_path / "typo"))
+    assert f"$SSD_BACKEND_PATH names {tmp_path / 'typo'}, which is not a folder" in said
+
+
+@pytest.mark.parametrize("name", ["../reference", "/etc", "", ".", "base", "reference/config", "referense"])
+def test_names_that_are_no_backend(name):
+    with pytest.raises(UserError, match="no backend is called"):
+        load_backend(name)
+
+
+# The project's own
+
+
+def test_every_backend_here_fills_every_slot(backend):
+    assert backend.suppliers.keys() == set(SLOTS) == CONTRACTS.keys()
+    for slot, supplier in backend.suppliers.items():
+        assert callable(getattr(backend, slot)) and supplier in list_backends()
+        assert getattr(backend, slot) is getattr(load_backend(supplier), slot)
+
+
+def test_backend_folders_are_no_packages_of_their_own():
+    assert not [name for name in list_backends() if (backend_folder(name) / "__init__.py").exists()]
+
+
+def lines_of(*patterns: str) -> dict[str, list[str]]:
+    """Tracked and new files of base/ with their lines."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    files = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    assert files
+    return {name: (ROOT / name).read_text(encoding="utf-8").splitlines() for name in files}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the git checkout")
+def test_base_names_no_vendor_and_stays_readable():
+    vendor = re.compile(r"\.cuda\(|nvidia|iluvatar|corex|import +(triton|apex|pynvml)", re.IGNORECASE)
+    hits = [f"{name}:{n}: {line}" for name, lines in lines_of("base").items() for n, line in enumerate(lines, 1) if vendor.search(line)]
+    assert hits == []
+    sources = lines_of("base/*.py")
+    assert {name: len(lines) for name, lines in sources.items() if name.startswith("base/train") and len(lines) > 300} == {}
+    assert sum(len(lines) for name, lines in sources.items() if not name.startswith("base/tools/")) <= 3000

@@ -1,0 +1,392 @@
+"""Configurations: the published recipes, what is refused and how it is said, flags, and reading back what was written."""
+
+import re
+import string
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from base.backend import backend_folder, list_backends
+from base.config import COUNTS, LARGEST_FILE, RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate
+from base.errors import UserError
+from base.launch import flag_value, parse
+from base.records import config_text
+from base.schedule import scaled_rate, warmup_steps
+
+SHIPPED = sorted({(name, config) for name in list_backends() for config in list_configs(backend_folder(name))})
+TRAIN_IMAGES = 117_266  # of train2017 with boxes
+
+# Recipes as published: nodes, devices, batch a device, rate after scaling, weight decay, warm-up steps on COCO, decay epochs, epochs
+PUBLISHED = {
+    ("reference", "DGX1_32"): (1, 1, 32, 2.5e-3, 5e-4, 0, (40, 50), 70),
+    ("reference", "DGX1_singlenode"): (1, 8, 128, 0.08, 5e-4, 300, (40, 50), 70),
+    ("reference", "DGX1_multinode"): (2, 8, 64, 0.08, 5e-4, 300, (40, 50), 70),
+    ("reference", "CPUx1x1"): (1, 1, 32, 2.5e-3, 5e-4, 0, (40, 50), 70),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A backend's folder: folder(name=text, …) writes configurations and returns it."""
+
+    def write(**files):
+        (tmp_path / "config").mkdir(exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / "config" / f"{name}.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("backend_name, config", SHIPPED)
+def test_every_shipped_configuration_resolves(backend_name, config):
+    resolved = resolve(backend_folder(backend_name), config)
+    assert resolved.sources.keys() <= Config.model_fields.keys()
+    if counts := COUNTS.fullmatch(config):
+        assert (resolved.config.nodes, resolved.config.devices) == (int(counts["nodes"]), int(counts["devices"]))
+
+
+@pytest.mark.parametrize("backend_name, config", PUBLISHED)
+def test_recipes_are_as_published(backend_name, config):
+    c = resolve(backend_folder(backend_name), config).config
+    rate, warmup = scaled_rate(c), warmup_steps(c, TRAIN_IMAGES)
+    got = (c.nodes, c.devices, c.batch_size, pytest.approx(rate, rel=1e-12), c.weight_decay, warmup, c.decay_epochs, c.epochs)
+    assert got == PUBLISHED[backend_name, config]
+    assert (c.momentum, c.score_threshold, c.iou_threshold, c.max_detections, c.eval_every) == (0.9, 0.05, 0.5, 200, 5)
+    assert (c.image_size, c.strides, c.backbone, c.decay_factor, c.target) == ((300, 300), (1, 1, 2, 2, 2, 1), "resnet34", 0.1, 0.23)
+    assert c.learning_rate == 2.5e-3 and c.learning_rate_scaling == "linear"
+    assert c.warmup_epochs == (2.619685 if warmup else None) and c.warmup_factor == 0
+
+
+@pytest.mark.parametrize(
+    "name, counts",
+    [
+        ("V100x2x8", ("2", "8")),
+        ("CPUx1x1", ("1", "1")),
+        ("BI_V100x1x16", ("1", "16")),
+        ("DGX2_multi_4x16x24", ("4", "16")),
+        ("DGXA100_multi_2x8x56", ("2", "8")),
+        ("DGX1_32", None),
+        ("DGX1_multinode", None),
+        ("x1x8", None),
+    ],
+)
+def test_names_that_count_nodes_and_devices(name, counts):
+    found = COUNTS.fullmatch(name)
+    assert (found and (found["nodes"], found["devices"])) == counts
+
+
+def test_a_name_is_held_to_its_nodes_and_devices(folder):
+    here = folder(V100x2x8="nodes: 2\ndevices: 8", V100x1x8="extends: V100x2x8", A_multi_4x16x24="nodes: 16\ndevices: 24")
+    assert resolve(here, "V100x2x8").config.world_size == 16
+    assert resolve(here, "V100x2x8", {"devices": 4}).config.devices == 4  # a flag may
+    with pytest.raises(UserError, match=r"V100x1x8\.yaml says nodes 2, devices 8, but its name says 1, 8"):
+        resolve(here, "V100x1x8")
+    with pytest.raises(UserError, match="its name says 4, 16"):
+        resolve(here, "A_multi_4x16x24")
+
+
+REFUSED = {  # file → what the message must say beside the file's name
+    "batchsize: 2": "unknown key 'batchsize'; did you mean 'batch_size'",
+    "zzz: 2": "unknown key 'zzz'; the keys are nodes, devices",
+    "epochs: many": "epochs is 'many'",
+    "epochs: 2.5": "epochs is 2.5",
+    "epochs: '2'": "epochs is '2'",
+    "seed: true": "seed is True",
+    "seed: 010": "seed is '010'",
+    "seed: 1:30": "seed is '1:30'",
+    f"seed: {1 << 63}": "seed is 9223372036854775808",
+    "nodes: 0": "nodes is 0",
+    "target: 1.5": "target is 1.5",
+    "target: .nan": "target is nan",
+    "learning_rate: .inf": "learning_rate is inf",
+    "learning_rate: -1e-3": "learning_rate is -0.001",
+    "warmup_factor: 1000000": "warmup_factor is 1000000",
+    "skip_bad_images: no": "skip_bad_images is 'no'",
+    "backbone: resnet99": "backbone is 'resnet99'",
+    "device: cpu:0": "device is 'cpu:0'",
+    "image_size: 300": "image_size is 300: input should be a list",
+    "image_size: [300]": "image_size is [300]: 2 values are needed",
+    "image_size: [300, 300, 3]": "image_size is [300, 300, 3]: 2 values are needed",
+    "strides: [1, 1, 2, 2, 2, 0]": "strides is 0",
+    "use: [loss]": "use is ['loss']: input should be a mapping",
+    "use: {loss: 3}": "use is 3",
+    "decay_epochs: [50, 40]": "decay_epochs [50, 40] must rise",
+    "warmup_epochs: 1\nwarmup_steps: 2": "warmup_epochs 1.0 and warmup_steps 2 are both set",
+    "batch_size: 3\ngradient_accumulation: 2": "batch_size 3 cannot be divided into gradient_accumulation 2",
+    "train_images: ../elsewhere": "train_images '../elsewhere' must lie within data_dir",
+    "val_annotations: /etc/passwd": "val_annotations '/etc/passwd' must lie within data_dir",
+    "extends: nope": "extends the unknown configuration 'nope'",
+    "extends: demoo": "did you mean demo?",
+    "extends: ../x": "'../x' is not a configuration's name",
+    "extends: x": "extends the unknown configuration 'x'",
+    "extends: ''": "'' is not a configuration's name",
+    "extends: [demo]": "['demo'] is not a configuration's name",
+    "seed: 1\nseed: 2": "key 'seed' stands twice",
+    "use: {loss: a, loss: b}": "key 'loss' stands twice",
+    "seed: &one 1\nepochs: *one": "aliases are not allowed",
+    "<<: {seed: 2}": "unknown key '<<'",
+    "seed: !!int x": "not readable as YAML",
+    "seed: !!bool x": "not readable as YAML",
+    "seed: !!timestamp x": "not readable as YAML",
+    f"seed: {'9' * 5000}": "not readable as YAML",
+    "? [1, 2]\n: 3": "not readable as YAML",
+    "1: 2": "key 1 is not a name",
+    "seed: 1\n---\nseed: 2": "not readable as YAML",
+    "seed: [": "not readable as YAML",
+    "[" * 20000: "not readable as YAML",
+    "- seed": "must hold `key: value` lines, and holds list",
+    "seed": "must hold `key: value` lines, and holds str",
+    b"\x00\x01\x02\xff": "not readable as YAML",
+    b"seed: \xff\xfe": "not readable as YAML",
+    "# " + "x" * LARGEST_FILE: "too many for a configuration",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED, ids=lambda text: repr(text[:30]))
+def test_refusals_name_file_and_key(folder, text):
+    here = folder(x=text)
+    with pytest.raises(UserError) as caught:
+        resolve(here, "x")
+    assert REFUSED[text] in str(caught.value) and str(here / "config" / "x.yaml") in str(caught.value)
+
+
+def test_python_tags_are_not_executed(folder, tmp_path):
+    marker = tmp_path / "executed"
+    for tag in (f"!!python/object/apply:os.system ['touch {marker}']", f"!!python/object/new:os.mkdir ['{marker}']", "!!python/name:os.system"):
+        with pytest.raises(UserError, match=r"x\.yaml: not readable as YAML: could not determine a constructor"):
+            resolve(folder(x=f"seed: {tag}"), "x")
+    assert not marker.exists()
+
+
+def test_several_problems_are_told_at_once(folder):
+    with pytest.raises(UserError) as caught:
+        resolve(folder(x="epochs: many\nbatchsize: 3"), "x", {"seed": -1})
+    lines = sorted(str(caught.value).splitlines())
+    assert len(lines) == 3
+    for said in ("epochs is 'many'", "unknown key 'batchsize'", "--seed: seed is -1"):
+        assert sum(said in line for line in lines) == 1
+
+
+def test_impossible_combination_names_where_each_part_comes_from(folder):
+    here = folder(x="warmup_steps: 5")
+    with pytest.raises(UserError) as caught:
+        resolve(here, "x", {"warmup_epochs": 1.0})
+    assert f"warmup_steps from {here / 'config' / 'x.yaml'}" in str(caught.value) and "warmup_epochs from --warmup_epochs" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../demo", "/etc/passwd", "a/b", "..", ".hidden", "", "a\0b", "a\n"])
+def test_names_cannot_leave_the_folder(folder, name):
+    with pytest.raises(UserError, match="is not a configuration's name"):
+        resolve(folder(), name)
+
+
+def test_unknown_configuration_names_the_nearest(folder):
+    with pytest.raises(UserError, match=r"no configuration 'demoo'; did you mean demo\?"):
+        resolve(folder(), "demoo")
+
+
+def test_rings_of_extends_are_refused(folder):
+    here = folder(a="extends: b", b="extends: c", c="extends: a")
+    with pytest.raises(UserError, match="ring: a → b → c → a"):
+        resolve(here, "a")
+
+
+def test_a_file_may_extend_its_namesake_among_the_recipes(folder):
+    resolved = resolve(folder(demo="extends: demo\nbatch_size: 4"), "demo")
+    assert resolved.config.batch_size == 4 and resolved.config.image_size == (128, 128)
+    assert resolved.sources["image_size"] == str(RECIPES / "demo.yaml")
+
+
+def test_sources_say_which_file_or_flag_set_a_value(folder):
+    here = folder(parent="seed: 2\nepochs: 3\nworkers: 1", child="extends: parent\nepochs: 4")
+    resolved = resolve(here, "child", {"workers": 0})
+    parent, child = here / "config" / "parent.yaml", here / "config" / "child.yaml"
+    assert dict(resolved.sources) == {"seed": str(parent), "epochs": str(child), "workers": "--workers"}
+    assert (resolved.config.seed, resolved.config.epochs, resolved.config.workers) == (2, 4, 0)
+    text = config_text(resolved, "mine")
+    for key, source in {"seed": str(parent), "workers": "--workers", "momentum": "default"}.items():
+        assert re.search(rf"^{key}: .*  # {re.escape(source)}$", text, re.MULTILINE), text
+
+
+def test_plain_scalars_are_read_as_yaml_1_2():
+    numbers = {"1e-3": 1e-3, "1E3": 1e3, "2.5e-3": 2.5e-3, "-3": -3, "0": 0, ".5": 0.5, "5.": 5.0}
+    assert {text: parse_value(text) for text in numbers} == numbers
+    assert all(isinstance(parse_value(text), type(value)) for text, value in numbers.items())
+    texts = ["no", "on", "y", "010", "1_000", "1:30", "2020-01-01", "2020-13-45", "0x1f", "1e", "e5", "a: b: c", "*x", "[1", "!!int x"]
+    assert [parse_value(text) for text in texts] == texts
+    assert [parse_value(text) for text in ("null", "~", "", "true", "False")] == [None, None, None, True, False]
+
+
+# Flags
+
+A_VALUE = {  # for each key: the flag's words, and the value that must reach the configuration
+    "nodes": (["2"], 2),
+    "devices": (["3"], 3),
+    "device": (["cpu"], "cpu"),
+    "use": (["loss=reference", "loader=reference"], {"loss": "reference", "loader": "reference"}),
+    "timeout": (["60"], 60),
+    "backbone": (["resnet50"], "resnet50"),
+    "backbone_path": (["1e-3"], "1e-3"),
+    "image_size": (["96", "128"], (96, 128)),
+    "strides": (list("312222"), (3, 1, 2, 2, 2, 2)),
+    "data_dir": (["/a b/c#d"], "/a b/c#d"),
+    "train_images": (["train"], "train"),
+    "train_annotations": (["t.json"], "t.json"),
+    "val_images": (["010"], "010"),
+    "val_annotations": (["v.json"], "v.json"),
+    "workers": (["0"], 0),
+    "max_samples": (["50"], 50),
+    "skip_bad_images": (["true"], True),
+    "seed": (["7"], 7),
+    "epochs": (["5"], 5),
+    "max_steps": (["9"], 9),
+    "batch_size": (["8"], 8),
+    "gradient_accumulation": (["2"], 2),
+    "learning_rate": (["1e-3"], 1e-3),
+    "learning_rate_scaling": (["whole"], "whole"),
+    "warmup_epochs": (["2"], 2.0),
+    "warmup_steps": (["650"], 650),
+    "warmup_factor": (["3"], 3),
+    "decay_epochs": (["44", "55"], (44, 55)),
+    "decay_factor": ([".5"], 0.5),
+    "momentum": (["0"], 0.0),
+    "weight_decay": (["1.6e-4"], 1.6e-4),
+    "target": (["null"], None),
+    "eval_every": (["0"], 0),
+    "eval_epochs": (["40", "50", "55"], (40, 50, 55)),
+    "eval_batch_size": (["160"], 160),
+    "score_threshold": (["0.1"], 0.1),
+    "iou_threshold": (["1"], 1.0),
+    "max_detections": (["100"], 100),
+    "runs_dir": (["null-island"], "null-island"),
+    "log_every": (["1"], 1),
+    "checkpoint_every": (["100"], 100),
+    "keep_checkpoints": (["1"], 1),
+}
+
+
+@pytest.mark.parametrize("key", Config.model_fields)
+def test_every_key_is_a_flag_in_both_spellings_and_reaches_the_configuration(folder, key):
+    words, value = A_VALUE[key]
+    assert getattr(Config(), key) != value
+    spellings = [[f"--{key}", *words], [f"--{key.replace('_', '-')}", *words]]
+    if len(words) == 1:
+        spellings += [[f"--{key}={words[0]}"], [f"--{key.replace('_', '-')}={words[0]}"]]
+    elif key != "use":
+        spellings += [[f"--{key}=[{', '.join(words)}]"]]
+    for spelled in spellings:
+        _, overrides = parse(spelled)
+        resolved = resolve(folder(x=""), "x", overrides)
+        assert getattr(resolved.config, key) == value and type(getattr(resolved.config, key)) is type(value)
+        assert resolved.sources == {key: f"--{key}"}
+        assert [k for k in Config.model_fields if getattr(resolved.config, k) != getattr(Config(), k)] == [key]
+
+
+def test_flags_of_every_kind():
+    assert parse(["--skip-bad-images"])[1] == {"skip_bad_images": True}
+    assert parse(["--skip_bad_images", "false"])[1] == {"skip_bad_images": False}
+    assert parse(["--decay_epochs"])[1] == {"decay_epochs": []}
+    assert parse(["--nproc", "4", "--nnodes=2", "--pretrained-backbone", "f.pth"])[1] == {"devices": 4, "nodes": 2, "backbone_path": "f.pth"}
+    assert parse(["--warmup_steps", "null", "--backbone_path", "null"])[1] == {"warmup_steps": None, "backbone_path": None}
+    assert parse(["--use=loss=reference"])[1] == {"use": {"loss": "reference"}}
+    flags, overrides = parse(["--run-name", "a-b_c", "--config", "a-b", "--dry-run", "--name=x-y"])
+    assert (flags.run_name, flags.config, flags.name, flags.dry_run, overrides) == ("a-b_c", "a-b", "x-y", True, {})
+    with pytest.raises(UserError, match="use 'loss' is not COMPONENT=BACKEND"):
+        flag_value("use", ["loss"])
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--batchsize", "3"], "'--batchsize'; did you mean --batch_size"),
+        (["--eval-evry=3"], "did you mean --eval_every"),
+        (["--qqqqqqqq"], "'--qqqqqqqq'; --help"),
+        (["stray"], "unknown argument 'stray'"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--epoch", "3"], "did you mean --epochs"),
+        (["--node_rank", "first"], "--node_rank: invalid int value: 'first'"),
+    ],
+)
+def test_wrong_flags_name_the_nearest(arguments, said):
+    with pytest.raises(UserError) as caught:
+        parse(arguments)
+    assert said in str(caught.value)
+
+
+def test_help_gives_each_key_its_meaning_and_default():
+    assert meanings().keys() == Config.model_fields.keys()  # the schema comments every key
+
+
+# Reading back what a run's folder keeps
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
+LIKELY = st.sampled_from(
+    ["1e-3", "null", "true", "010", "~", "", " ", "a # b", "#", "'", '"', "a: b", "- a", "a\nb", "\n", "[x]", "{a", "&a", "*a", "\u2028", "\t", "-"]
+)
+PATHS = st.one_of(LIKELY, TEXT)
+INSIDE = PATHS.filter(lambda text: not text.startswith("/") and ".." not in text.split("/"))
+COUNT = st.integers(1, 10**12)
+RATE = st.floats(0, 1e300, allow_nan=False)
+SHARE = st.floats(0, 1)
+RISING = st.lists(st.integers(1, 500), unique=True, max_size=5).map(lambda values: tuple(sorted(values)))
+
+
+@st.composite
+def configs(draw):
+    """Any valid configuration."""
+    parts, warmup = draw(st.integers(1, 50)), draw(st.sampled_from(["warmup_epochs", "warmup_steps", None]))
+    named = {
+        "device": st.text(string.ascii_lowercase, min_size=1, max_size=9),
+        "use": st.dictionaries(PATHS, PATHS, max_size=4),
+        "backbone": st.sampled_from(["resnet18", "resnet34", "resnet50"]),
+        "learning_rate_scaling": st.sampled_from(["linear", "whole", "none"]),
+        "image_size": st.tuples(COUNT, COUNT),
+        "strides": st.tuples(*[COUNT] * 6),
+        "batch_size": st.integers(1, 100).map(lambda n: n * parts),
+        "gradient_accumulation": st.just(parts),
+        "max_steps": st.none() | COUNT,
+        "target": st.none() | SHARE,
+        "skip_bad_images": st.booleans(),
+        "seed": st.integers(0, (1 << 63) - 1),
+        "warmup_factor": st.integers(0, 32),
+        "warmup_epochs": RATE if warmup == "warmup_epochs" else st.none(),
+        "warmup_steps": st.integers(0, 10**6) if warmup == "warmup_steps" else st.none(),
+        **dict.fromkeys(("backbone_path", "data_dir"), st.none() | PATHS),
+        **dict.fromkeys(("train_images", "train_annotations", "val_images", "val_annotations"), INSIDE),
+        **dict.fromkeys(("decay_epochs", "eval_epochs"), RISING),
+        **dict.fromkeys(("learning_rate", "weight_decay"), RATE),
+        **dict.fromkeys(("decay_factor", "momentum", "score_threshold", "iou_threshold"), SHARE),
+        "runs_dir": PATHS,
+    }
+    return Config(**{key: draw(named.get(key, COUNT)) for key in Config.model_fields})
+
+
+@settings(max_examples=60, deadline=None)
+@example(Config(data_dir="1e-3"), {})
+@example(Config(data_dir="two\nlines"), {"data_dir": "--data_dir"})
+@given(configs(), st.dictionaries(st.sampled_from(list(Config.model_fields)), st.sampled_from(["--x", "/a/b.yaml", "reference/config/x.yaml"])))
+def test_a_written_configuration_is_read_back(tmp_path_factory, config, sources):
+    file = tmp_path_factory.mktemp("run") / "config.yaml"
+    file.write_text(config_text(Resolved(config, sources), "reference"), encoding="utf-8")
+    again = read_run(file)
+    assert again == config
+    assert [type(getattr(again, key)) for key in Config.model_fields] == [type(getattr(config, key)) for key in Config.model_fields]
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs())
+def test_a_configuration_survives_json_as_the_ranks_get_it(config):
+    assert validate(config.model_dump(mode="json"), {}) == config
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.binary(max_size=80), st.tuples(st.sampled_from(list(Config.model_fields)), TEXT).map(": ".join).map(str.encode)))
+def test_any_file_is_read_or_refused(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("any") / "x.yaml"
+    file.write_bytes(data)
+    try:
+        assert isinstance(read_run(file), Config)
+    except UserError as error:
+        assert str(error)

@@ -1,0 +1,29 @@
+"""The promise of the front page: one command trains the demo to the target, and its log passes MLPerf's checker."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from base import checkpoint
+from tests.conftest import Started
+
+
+@pytest.mark.long
+def test_the_demo_reaches_the_target_and_its_log_is_compliant(tmp_path):
+    done = Started(tmp_path, ["--runs_dir", str(tmp_path), "--run_name", "demo"], env={"OMP_NUM_THREADS": "2"}).wait_done(seconds=2400)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "demo"
+    assert "target 0.23 reached" in done.stdout and str(run) in done.stdout
+    evaluations = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"evaluation"' in line]
+    assert evaluations[-1]["AP"] >= 0.23
+
+    checker = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", "1.0.0", str(run / "mlperf.log")]
+    verdict = subprocess.run(checker, capture_output=True, text=True, cwd=tmp_path)
+    assert verdict.returncode == 0 and "SUCCESS" in verdict.stdout + verdict.stderr
+
+    best = run / "checkpoints" / "best.pt"
+    assert checkpoint.read(best)["progress"]["evaluations"][-1]["AP"] == evaluations[-1]["AP"]
+    figures = subprocess.run([sys.executable, "-m", "base", "evaluate", "--checkpoint", str(best)], capture_output=True, text=True)
+    assert f"AP  {evaluations[-1]['AP']:.4f}" in figures.stdout, figures.stderr
