@@ -28,8 +28,8 @@ def make_eval_loader(backend: Backend, config: Config, ranks: Ranks) -> Loader:
 
 def evaluate(
     backend: Backend, config: Config, ranks: Ranks, step: Step, default_boxes, loader: Loader, stopped: Callable[[], bool]
-) -> dict[str, float] | None:
-    """The 12 figures, on every rank; None if any rank was asked to stop meanwhile.
+) -> tuple[dict[str, float] | None, dict[str, str]]:
+    """The 12 figures and the images that could not be read, on every rank; no figures if any rank was asked to stop.
 
     Raises AgreedError on every rank if one of them could not read an image.
     """
@@ -50,11 +50,11 @@ def evaluate(
     if failures := [failure for failure, *_ in everyone if failure]:
         raise AgreedError(failures[0])
     if any(stop for _, stop, *_ in everyone):
-        return None
+        return None, {}
     bad = {path: why for rank in everyone for path, why in rank[5].items()}
     check_bad_images(bad, sum(len(part) for rank in everyone for part in rank[2]) + len(bad))
     figures = _figures(backend, config, everyone) if ranks.is_first else None
-    return ranks.gathered(figures)[0]
+    return ranks.gathered(figures)[0], bad
 
 
 def _figures(backend: Backend, config: Config, everyone: list) -> dict[str, float]:

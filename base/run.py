@@ -56,6 +56,7 @@ class Run:
     images: int  # training images with boxes
     categories: dict
     progress: Progress = field(default_factory=Progress)
+    skipped: set[str] = field(default_factory=set)  # images that could not be read and have been listed
     launched: deque = field(default_factory=deque)  # steps whose loss has not been read yet: (step, rate, image ids, loss)
 
     @property

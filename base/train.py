@@ -79,7 +79,7 @@ def train_epoch(state: Run, epoch: int, first: int) -> bool:
     began = time.monotonic()
     while progress.step < min(state.total_steps, (epoch + 1) * state.steps_per_epoch):
         waiting = time.monotonic()
-        batch, failure = next_batch(batches)
+        batch, failure = next_batch(state, batches)
         waited = time.monotonic() - waiting
         if exchange(state, failure):
             settle(state, leave=0)
@@ -96,18 +96,26 @@ def train_epoch(state: Run, epoch: int, first: int) -> bool:
             began = time.monotonic()
     settle(state, leave=0)
     bad = {path: why for rank in ranks.gathered(state.train_loader.bad_images) for path, why in rank.items()}
-    for path, why in bad.items():
-        state.records.log(f"skipped image {path}: {why}")
+    report_skipped(state, bad)
     check_bad_images(bad, state.images)
     return True
 
 
-def next_batch(batches) -> tuple[Batch | None, str]:
+def next_batch(state: Run, batches) -> tuple[Batch | None, str]:
     """The next batch, or why there is none: an error waits until all ranks know of it."""
     try:
-        return next(batches), ""
+        batch = next(batches)
+        check_bad_images(state.train_loader.bad_images, state.images)
     except UserError as error:
         return None, str(error)
+    return batch, ""
+
+
+def report_skipped(state: Run, bad: dict[str, str]) -> None:
+    """Lists images that could not be read, each once."""
+    for path in sorted(bad.keys() - state.skipped):
+        state.records.log(f"skipped image {path}: {bad[path]}")
+    state.skipped.update(bad)
 
 
 def exchange(state: Run, failure: str) -> bool:
@@ -166,7 +174,9 @@ def evaluate_epoch(state: Run, epoch: int) -> bool:
     """Evaluates, records the figures and keeps the best checkpoint; False if the run was asked to stop."""
     began = time.monotonic()
     state.records.mlperf.eval_start(epoch)
-    figures = evaluate(state.backend, state.config, state.ranks, state.step, state.model.default_boxes, state.eval_loader, state.stopped)
+    parts = (state.backend, state.config, state.ranks, state.step, state.model.default_boxes, state.eval_loader, state.stopped)
+    figures, bad = evaluate(*parts)
+    report_skipped(state, bad)
     if figures is None:
         return False
     state.records.mlperf.eval_stop(epoch, figures["AP"])

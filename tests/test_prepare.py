@@ -223,7 +223,8 @@ def distribution(python: Path, name: str, version: str, *requires: str) -> None:
 
 
 def inspect(project: Path, python: Path) -> dict:
-    code = f"import sys, json; sys.path.append({str(project)!r}); from base.tools import installed; print(json.dumps(installed.inspect('/nowhere', [])))"
+    call = "print(json.dumps(installed.inspect('/nowhere', [])))"
+    code = f"import sys, json; sys.path.append({str(project)!r}); from base.tools import installed; {call}"
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout)
 
 

@@ -42,6 +42,6 @@ def main(arguments: list[str]) -> int:
     model.to(device)
     step = backend.step(model=model, optimizer=None, matcher=backend.matcher, loss=backend.loss, device=device)
     ranks = Ranks(0, 1, device)
-    figures = evaluate(backend, config, ranks, step, model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
+    figures, _ = evaluate(backend, config, ranks, step, model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
     print("\n".join(f"{name:>6}  {figures[name]:.4f}" for name in FIGURES))
     return 0
