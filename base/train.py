@@ -59,8 +59,8 @@ def train(state: Run) -> bool | None:
             if not train_epoch(state, epoch, done):
                 save(state)
                 return None
-            save(state)
             state.records.mlperf.epoch_stop(epoch + 1)
+            save(state)
         last = progress.step >= state.total_steps
         if (evaluates_after(config, epoch + 1) or last) and not evaluated(progress, epoch + 1):
             if not evaluate_epoch(state, epoch + 1):

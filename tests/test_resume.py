@@ -129,6 +129,20 @@ def test_sigkill_while_a_checkpoint_is_written(train, tmp_path, undisturbed):
     assert_same(tmp_path / "run", undisturbed(()))
 
 
+def test_sigkill_between_an_epochs_end_and_its_evaluation(train, tmp_path, undisturbed):
+    whole = undisturbed(())
+    second = final_state(whole)["progress"]["evaluations"][0]["step"]  # the end of the second epoch, the first to be evaluated
+    process = train(*FLAGS, wait=False)
+    wait_for(checkpoint.step_path(tmp_path / "run", second).exists, process, pause=0.001)
+    os.kill(rank_pids(process.pid)[0], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert '"evaluation"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    done = train("--resume", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert f"{second} steps done" in done.stdout
+    assert_same(tmp_path / "run", whole)
+
+
 @pytest.mark.long
 def test_sigkill_of_the_launcher_stops_the_ranks(train, tmp_path, undisturbed):
     process = train(*FLAGS, wait=False)
