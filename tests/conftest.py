@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from base.backend import list_backends, load_backend
 from base.tools.demo_data import generate
+
+settings.register_profile("ssd", deadline=None, print_blob=True)  # a busy machine is no failure
+settings.load_profile("ssd")
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
