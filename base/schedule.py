@@ -29,7 +29,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int, images: int) 
     epoch = step // steps_per_epoch
     rate *= config.decay_factor ** sum(epoch >= boundary for boundary in config.decay_epochs)
     if step < warmup:
-        rate -= (warmup - step) * rate / (warmup * 2**config.warmup_factor)
+        rate *= 1 - (warmup - step) / (warmup * 2**config.warmup_factor)  # so written it is exactly 0 where it starts at 0
     return rate
 
 
