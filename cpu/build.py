@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +36,7 @@ def fingerprint() -> str:
 
 
 def target(name: str, folder: Path) -> Path:
-    return folder / f"_{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return folder / f"_{name}{EXTENSION_SUFFIXES[0]}"
 
 
 def current() -> bool:

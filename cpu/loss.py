@@ -18,11 +18,13 @@ def multibox_loss(predictions: Predictions, targets: Targets) -> Tensor:
     Gradients come in the dtype of the predictions. Raises ValueError if the shapes do not fit, a label is no class, or a
     tensor is not on the CPU.
     """
-    everything = {"offsets": predictions.offsets, "logits": predictions.logits, "targets' offsets": targets.offsets, "targets' labels": targets.labels}
+    names = ("offsets", "logits", "targets' offsets", "targets' labels")
+    everything = dict(zip(names, (*predictions, *targets), strict=True))
     if elsewhere := [f"{name} are on {t.device}" for name, t in everything.items() if t.device.type != "cpu"]:
         raise ValueError(f"the CPU backend's loss works on the CPU, and the {elsewhere[0]}")
     offsets, logits = predictions
-    if logits.dim() != 3 or offsets.shape != (*logits.shape[:2], 4) or targets.offsets.shape != offsets.shape or targets.labels.shape != logits.shape[:2]:
+    fits = offsets.shape == targets.offsets.shape == (*logits.shape[:2], 4) and targets.labels.shape == logits.shape[:2]
+    if logits.dim() != 3 or not fits:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in everything.items())
         raise ValueError(f"the loss needs (N, A, 4), (N, A, C), (N, A, 4) and (N, A), and got {shapes}")
     offsets, logits = (t if t.dtype in KINDS else t.float() for t in (offsets, logits))

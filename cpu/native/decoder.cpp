@@ -140,7 +140,7 @@ static py::list decode(FloatArray offsets, py::array logits, FloatArray defaults
     if (offsets.shape(0) != images || offsets.shape(1) != count || offsets.shape(2) != 4 || defaults.shape(0) != count || defaults.shape(1) != 4)
         throw std::invalid_argument("offsets must be (N, A, 4), logits (N, A, C), default boxes (A, 4)");
     if (classes < 1 || count >= 1l << 31 || classes >= 1l << 24) throw std::invalid_argument("there must be at least one class, and fewer than 2^31 default boxes and 2^24 classes");
-    if (classes > 1 && logits.strides(2) != size) throw std::invalid_argument("logits must be contiguous in the last dimension");
+    if (images > 0 && classes > 1 && logits.strides(2) != size) throw std::invalid_argument("logits must be contiguous in the last dimension");
     if (max_detections < 0) throw std::invalid_argument("max_detections must not be negative, and is " + std::to_string(max_detections));
     if (score_threshold != score_threshold || iou_threshold != iou_threshold) throw std::invalid_argument("score_threshold and iou_threshold must be numbers");
     const Settings settings{score_threshold, iou_threshold, size_t(max_detections)};

@@ -33,7 +33,7 @@ struct Cube {
         if (!wide && !py::isinstance<py::array_t<int16_t>>(array)) throw std::invalid_argument(std::string(name) + " must be float32, or bfloat16 as int16");
         if (array.ndim() != 3) throw std::invalid_argument(std::string(name) + " must have three dimensions");
         images = array.shape(0), count = array.shape(1), width = array.shape(2);
-        if (width > 1 && array.strides(2) != size) throw std::invalid_argument(std::string(name) + " must be contiguous in the last dimension");
+        if (images > 0 && width > 1 && array.strides(2) != size) throw std::invalid_argument(std::string(name) + " must be contiguous in the last dimension");
         image_stride = array.strides(0) / size, stride = array.strides(1) / size;
         data = static_cast<char*>(writable ? const_cast<py::array&>(array).mutable_data() : const_cast<void*>(array.data()));
     }
