@@ -96,6 +96,13 @@ def listed(run: Path) -> list[Path]:
     return sorted((p for p in (run / "checkpoints").glob("step-*.pt") if NAME.fullmatch(p.name)), reverse=True)
 
 
+def keep_best(run: Path, step: int, evaluations: list[dict]) -> None:
+    """Writes ``best.pt``: the checkpoint after ``step`` steps, with the evaluation of it that is known by now."""
+    content = read(step_path(run, step))
+    content["progress"]["evaluations"] = evaluations
+    write(run / "checkpoints" / "best.pt", content)
+
+
 def prune(run: Path, keep: int) -> None:
     """Removes all but the latest ``keep``, and what a killed writer left behind."""
     for path in listed(run)[keep:]:

@@ -81,6 +81,7 @@ class Config(BaseModel):
     target: Share | None = 0.23  # AP at which training ends; null: train all epochs
     eval_every: NotNegative = 5  # evaluate after every so many epochs; 0: only after eval_epochs and the last
     eval_epochs: tuple[Count, ...] = ()  # evaluate after these epochs too
+    evaluate_in_background: bool = False  # compute the figures in another process while training goes on
     eval_batch_size: Count = 32  # images a device
     score_threshold: Share = 0.05  # lowest score of a detection
     iou_threshold: Share = 0.5  # overlap from which non-maximum suppression drops a box

@@ -1,11 +1,15 @@
 """Evaluation over ranks: every image once, detections gathered on the first rank, figures from the backend's evaluator."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from base.backend import Backend
+from base.backend import Backend, load_backend
 from base.config import Config
 from base.contracts import Detections, Loader, Step
 from base.distributed import AgreedError, Ranks
@@ -26,12 +30,12 @@ def make_eval_loader(backend: Backend, config: Config, ranks: Ranks) -> Loader:
     )
 
 
-def evaluate(
+def detect(
     backend: Backend, config: Config, ranks: Ranks, step: Step, default_boxes, loader: Loader, stopped: Callable[[], bool]
-) -> tuple[dict[str, float] | None, dict[str, str]]:
-    """The 12 figures and the images that could not be read, on every rank; no figures if any rank was asked to stop.
+) -> tuple[dict[str, np.ndarray] | None, dict[str, str]]:
+    """Every rank's detections, on every rank, as flat arrays for `figures`; and the images that could not be read.
 
-    Raises AgreedError on every rank if one of them could not read an image.
+    No arrays if any rank was asked to stop. Raises AgreedError on every rank if one of them could not read an image.
     """
     failure, ids, sizes, found = "", [], [], []
     try:
@@ -39,31 +43,60 @@ def evaluate(
             if stopped():
                 break
             predictions = step.predict(batch.images)
-            detections = backend.decoder(predictions, default_boxes, config.score_threshold, config.iou_threshold, config.max_detections)
-            ids.append(batch.image_ids.numpy())
-            sizes.append(batch.sizes.numpy())
-            found += [(d.boxes.float().cpu().numpy(), d.labels.cpu().numpy(), d.scores.float().cpu().numpy()) for d in detections]
+            found += backend.decoder(predictions, default_boxes, config.score_threshold, config.iou_threshold, config.max_detections)
+            ids.append(batch.image_ids)
+            sizes.append(batch.sizes)
     except UserError as error:
         failure = str(error)
-    mine = (failure, stopped(), ids, sizes, found, getattr(loader, "bad_images", {}))
-    everyone = ranks.gathered(mine)
+    everyone = ranks.gathered((failure, stopped(), flat(ids, sizes, found), loader.bad_images))
     if failures := [failure for failure, *_ in everyone if failure]:
         raise AgreedError(failures[0])
     if any(stop for _, stop, *_ in everyone):
         return None, {}
-    bad = {path: why for rank in everyone for path, why in rank[5].items()}
-    check_bad_images(bad, sum(len(part) for rank in everyone for part in rank[2]) + len(bad))
-    figures = _figures(backend, config, everyone) if ranks.is_first else None
-    return ranks.gathered(figures)[0], bad
+    bad = {path: why for *_, rank in everyone for path, why in rank.items()}
+    arrays = {key: np.concatenate([part[key] for _, _, part, _ in everyone]) for key in everyone[0][2]}
+    check_bad_images(bad, len(arrays["ids"]) + len(bad))
+    return arrays, bad
 
 
-def _figures(backend: Backend, config: Config, everyone: list) -> dict[str, float]:
-    evaluator = backend.evaluator(config.path("val_annotations"))
-    for _, _, ids, sizes, found, _ in everyone:
-        if ids:
-            detections = [Detections(torch.from_numpy(b), torch.from_numpy(c), torch.from_numpy(s)) for b, c, s in found]
-            evaluator.update(torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(sizes)), detections)
+def flat(ids: list[torch.Tensor], sizes: list[torch.Tensor], found: list[Detections]) -> dict[str, np.ndarray]:
+    """Detections of N images as arrays: ids (N), sizes (N, 2), counts (N), and boxes (D, 4), labels (D), scores (D) of all."""
+    columns = {name: [getattr(image, name).cpu() for image in found] for name in Detections._fields}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
+    joined = {name: torch.cat([empty[name], *parts]).numpy() for name, parts in columns.items()}
+    whole = torch.cat([torch.zeros(0, dtype=torch.long), *ids]).numpy(), torch.cat([torch.zeros(0, 2, dtype=torch.long), *sizes]).numpy()
+    return {"ids": whole[0], "sizes": whole[1], "counts": np.array([len(image.scores) for image in found], dtype=np.int64), **joined}
+
+
+def figures(backend: Backend, annotation_file: str | Path, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+    """The 12 figures of detections as `detect` gathers them."""
+    parts = [torch.from_numpy(arrays[name]).split(arrays["counts"].tolist()) for name in Detections._fields]
+    evaluator = backend.evaluator(annotation_file)
+    evaluator.update(torch.from_numpy(arrays["ids"]), torch.from_numpy(arrays["sizes"]), [Detections(*image) for image in zip(*parts, strict=True)])
     return evaluator.compute()
+
+
+class Background:
+    """`figures` in a process of its own, while training goes on. It ends by itself, whatever becomes of this process."""
+
+    def __init__(self, name: str, supplier: str, annotation_file: Path, arrays: dict[str, np.ndarray], folder: Path):
+        self.file = folder / ".detections.npz"
+        np.savez(self.file, **arrays)
+        # a session of its own, so that Ctrl-C and SIGTERM to the run leave it to finish
+        command = [sys.executable, "-m", "base.evaluate", name, supplier, str(annotation_file), str(self.file)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def ready(self) -> bool:
+        """Whether `result` would not have to wait."""
+        return self.process.poll() is not None
+
+    def result(self) -> dict[str, float]:
+        """The 12 figures. Raises UserError if the process failed."""
+        out, err = self.process.communicate()
+        self.file.unlink(missing_ok=True)
+        if self.process.returncode:
+            raise UserError(f"the evaluation process ended with code {self.process.returncode}: {err.strip()[-2000:]}")
+        return json.loads(out)
 
 
 def check_bad_images(bad: dict[str, str], images: int) -> None:
@@ -71,3 +104,15 @@ def check_bad_images(bad: dict[str, str], images: int) -> None:
     if len(bad) > 0.01 * images:
         path, reason = next(iter(bad.items()))
         raise AgreedError(f"{len(bad)} of {images} images cannot be read, more than 1 %; the first: {path}: {reason}")
+
+
+def main(arguments: list[str]) -> int:
+    """The process that `Background` starts."""
+    name, supplier, annotation_file, file = arguments
+    with np.load(file, allow_pickle=False) as arrays:
+        print(json.dumps(figures(load_backend(name, {"evaluator": supplier}), annotation_file, dict(arrays))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ from base.checkpoint import Progress
 from base.config import Config, Resolved
 from base.contracts import Loader, Step
 from base.distributed import Ranks
-from base.evaluate import make_eval_loader
+from base.evaluate import Background, make_eval_loader
 from base.index import AnnotationIndex
 from base.records import Records, cut_back, environment, write_start
 from base.weights import load_backbone
@@ -57,6 +57,8 @@ class Run:
     categories: dict
     progress: Progress = field(default_factory=Progress)
     skipped: set[str] = field(default_factory=set)  # images that could not be read and have been listed
+    evaluating: tuple[int, int, float] | None = None  # (epoch, step, start) of the evaluation in the background, on every rank
+    evaluation: Background | None = None  # and its process, on the first
     launched: deque = field(default_factory=deque)  # steps whose loss has not been read yet: (step, rate, image ids, loss)
 
     @property

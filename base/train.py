@@ -16,7 +16,7 @@ from base.config import Config, validate
 from base.contracts import Batch
 from base.distributed import AgreedError, Ranks
 from base.errors import UserError
-from base.evaluate import check_bad_images, evaluate
+from base.evaluate import Background, check_bad_images, detect, figures
 from base.records import Records, summary
 from base.run import Run, StopRequest, set_up
 from base.schedule import evaluates_after, learning_rate
@@ -61,14 +61,14 @@ def train(state: Run) -> bool | None:
                 return None
             state.records.mlperf.epoch_stop(epoch + 1)
             save(state)
-        last = progress.step >= state.total_steps
-        if (evaluates_after(config, epoch + 1) or last) and not evaluated(progress, epoch + 1):
+        reached, last = target_reached(config, progress), progress.step >= state.total_steps
+        if not reached and (evaluates_after(config, epoch + 1) or last) and not evaluated(progress, epoch + 1):
             if not evaluate_epoch(state, epoch + 1):
                 return None
             reached = target_reached(config, progress)
         epoch, done = epoch + 1, 0
     save(state)
-    return reached
+    return target_reached(config, progress)
 
 
 def train_epoch(state: Run, epoch: int, first: int) -> bool:
@@ -84,6 +84,8 @@ def train_epoch(state: Run, epoch: int, first: int) -> bool:
         if exchange(state, failure):
             settle(state, leave=0)
             return False
+        if target_reached(config, progress):  # an evaluation in the background came in
+            break
         rate = learning_rate(config, progress.step, state.steps_per_epoch, state.images)
         loss = state.step(batch, rate)
         progress.step += 1
@@ -120,9 +122,12 @@ def report_skipped(state: Run, bad: dict[str, str]) -> None:
 
 def exchange(state: Run, failure: str) -> bool:
     """Agrees with the other ranks before a step: → whether to stop. One rank's failure ends all of them."""
-    stops, failures = state.ranks.sums([float(state.stopped()), float(bool(failure))])
+    ready = state.evaluation is not None and state.evaluation.ready()
+    stops, failures, results = state.ranks.sums([float(state.stopped()), float(bool(failure)), float(ready)])
     if failures:
         raise AgreedError(next(filter(None, state.ranks.gathered(failure))))
+    if results:
+        collect(state)
     return stops > 0
 
 
@@ -149,10 +154,14 @@ def settle(state: Run, leave: int) -> None:
             state.records.display.update(number, epoch, mean, rate, speed)
 
 
-def save(state: Run, name: str | None = None) -> None:
-    """Writes a checkpoint of the present step on the first rank, and drops the oldest."""
+def save(state: Run) -> None:
+    """Writes a checkpoint of the present step on the first rank, and drops the oldest.
+
+    It waits for an evaluation in the background, so that a checkpoint has the figures of all epochs before it.
+    """
     began = time.monotonic()
     settle(state, leave=0)
+    collect(state)
     loaders = []
     if hasattr(state.train_loader, "state_dict"):
         loaders = state.ranks.gathered(state.train_loader.state_dict())
@@ -160,9 +169,8 @@ def save(state: Run, name: str | None = None) -> None:
     if state.ranks.is_first:
         state.progress.record_bytes = state.records.sizes()
         content = checkpoint.pack(state.config, state.progress, state.categories, state.model, state.optimizer, state.step, loaders)
-        path = state.folder / "checkpoints" / name if name else checkpoint.step_path(state.folder, state.progress.step)
         try:
-            checkpoint.write(path, content)
+            checkpoint.write(checkpoint.step_path(state.folder, state.progress.step), content)
             checkpoint.prune(state.folder, state.config.keep_checkpoints)
         except UserError as error:
             failure = str(error)
@@ -171,24 +179,58 @@ def save(state: Run, name: str | None = None) -> None:
 
 
 def evaluate_epoch(state: Run, epoch: int) -> bool:
-    """Evaluates, records the figures and keeps the best checkpoint; False if the run was asked to stop."""
+    """Evaluates after an epoch, here or in the background; False if the run was asked to stop."""
+    collect(state)
     began = time.monotonic()
+    config, ranks = state.config, state.ranks
     state.records.mlperf.eval_start(epoch)
-    parts = (state.backend, state.config, state.ranks, state.step, state.model.default_boxes, state.eval_loader, state.stopped)
-    figures, bad = evaluate(*parts)
+    arrays, bad = detect(state.backend, config, ranks, state.step, state.model.default_boxes, state.eval_loader, state.stopped)
     report_skipped(state, bad)
-    if figures is None:
+    if arrays is None:
         return False
-    state.records.mlperf.eval_stop(epoch, figures["AP"])
-    seconds = time.monotonic() - began
-    state.progress.seconds += seconds
-    best = state.progress.best
-    state.progress.evaluations.append({"epoch": epoch, "step": state.progress.step, **figures})
-    state.records.metric("evaluation", epoch=epoch, step=state.progress.step, seconds=round(seconds, 3), **figures)
-    state.records.log(f"epoch {epoch}: mAP {figures['AP']:.4f}, AP50 {figures['AP50']:.4f} ({seconds:.1f} s)")
-    if best is None or figures["AP"] > best["AP"]:
-        save(state, "best.pt")
+    last = epoch == config.epochs or state.progress.step >= state.total_steps
+    if config.evaluate_in_background and not last:
+        if ranks.is_first:
+            parts = (state.backend.name, state.backend.suppliers["evaluator"], config.path("val_annotations"), arrays, state.folder)
+            state.evaluation = Background(*parts)
+        state.evaluating = (epoch, state.progress.step, began)
+    else:
+        found = figures(state.backend, config.path("val_annotations"), arrays) if ranks.is_first else None
+        record_evaluation(state, epoch, state.progress.step, ranks.gathered(found)[0], time.monotonic() - began)
+    state.progress.seconds += time.monotonic() - began
     return True
+
+
+def collect(state: Run) -> None:
+    """Waits for the evaluation in the background, if there is one, and records it."""
+    if state.evaluating is None:
+        return
+    (epoch, step, began), state.evaluating = state.evaluating, None
+    found, failure = None, ""
+    if state.evaluation is not None:
+        try:
+            found = state.evaluation.result()
+        except UserError as error:
+            failure = str(error)
+        state.evaluation = None
+    exchange(state, failure)
+    record_evaluation(state, epoch, step, state.ranks.gathered(found)[0], time.monotonic() - began)
+
+
+def record_evaluation(state: Run, epoch: int, step: int, found: dict[str, float], seconds: float) -> None:
+    """Records the figures of the weights after ``step`` and keeps their checkpoint if they are the best."""
+    state.records.mlperf.eval_stop(epoch, found["AP"])
+    best = state.progress.best
+    state.progress.evaluations.append({"epoch": epoch, "step": step, **found})
+    state.records.metric("evaluation", epoch=epoch, step=step, seconds=round(seconds, 3), **found)
+    state.records.log(f"epoch {epoch}: mAP {found['AP']:.4f}, AP50 {found['AP50']:.4f} ({seconds:.1f} s)")
+    failure = ""
+    if state.ranks.is_first and (best is None or found["AP"] > best["AP"]):
+        try:
+            checkpoint.keep_best(state.folder, step, state.progress.evaluations)
+        except UserError as error:
+            failure = str(error)
+    exchange(state, failure)
 
 
 def evaluated(progress: Progress, epoch: int) -> bool:

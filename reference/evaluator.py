@@ -35,7 +35,10 @@ class CocoEvaluator:
     def compute(self) -> dict[str, float]:
         """The 12 figures by name; 0 each without any detection, -1 where the ground truth has no such box (as pycocotools)."""
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
-            truth = as_coco(self.index.to_coco())
+            dataset = self.index.to_coco()
+            for number, box in enumerate(dataset["annotations"], 1):
+                box["id"] = number  # pycocotools takes a match with id 0 for none
+            truth = as_coco(dataset)
             # loadRes cannot make a result without detections
             found = truth.loadRes(self.found) if self.found else as_coco({**truth.dataset, "annotations": []})
             result = COCOeval(truth, found, "bbox")

@@ -12,9 +12,9 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of R
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) → float32 (N, 3, H, W) with ImageNet's mean and deviation."""
+    """uint8 (N, H, W, 3) → float32 (N, 3, H, W) with ImageNet's mean and deviation, in channels-last memory as it came."""
     mean, deviation = (torch.tensor(values, device=images.device) for values in (MEAN, DEVIATION))
-    return ((images.float() / 255 - mean) / deviation).permute(0, 3, 1, 2).contiguous()
+    return ((images.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
 
 
 class TrainStep:
@@ -33,7 +33,7 @@ class TrainStep:
         total = torch.zeros((), device=self.device)
         parts = zip(*(t.chunk(self.accumulation) for t in (batch.images, batch.boxes, batch.labels)), strict=True)
         for images, boxes, labels in parts:
-            predictions = self.model(normalise(images.to(self.device)))
+            predictions = self.forward(images.to(self.device))
             targets = self.matcher(boxes.to(self.device), labels.to(self.device), self.model.default_boxes)
             loss = self.loss(predictions, targets) * len(images) / len(batch.images)
             loss.backward()
@@ -58,7 +58,11 @@ class TrainStep:
     def predict(self, images: Tensor) -> Predictions:
         """uint8 (N, H, W, 3) → Predictions in evaluation mode."""
         self.model.eval()
-        return self.model(normalise(images.to(self.device)))
+        return self.forward(images.to(self.device))
+
+    def forward(self, images: Tensor) -> Predictions:
+        """uint8 (N, H, W, 3) on the device → Predictions; where precision and memory format are decided."""
+        return self.model(normalise(images).contiguous())
 
     def state_dict(self) -> dict:
         return {}

@@ -77,7 +77,7 @@ class Started:
 def start_training(folder: Path, data_dir: Path, flags: list[str], run: str = "run", env: dict | None = None) -> Started:
     """Starts a run on small data, in ``folder/run``; with --resume exactly the flags given."""
     if "--resume" not in flags:
-        standard = ["--config", "demo", "--data_dir", str(data_dir), *SMALL, "--runs_dir", str(folder), "--run_name", run]
+        standard = ["--name", "reference", "--config", "demo", "--data_dir", str(data_dir), *SMALL, "--runs_dir", str(folder), "--run_name", run]
         flags = [*standard, *flags]
     return Started(folder, list(flags), env)
 

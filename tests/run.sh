@@ -11,6 +11,8 @@ if [[ ${1:-} == --all ]]; then
     shift
 fi
 
-python3 prepare.py --name reference --with-tests
+for backend in reference cpu; do
+    python3 prepare.py --name $backend --with-tests
+done
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 exec "${active:-$root/.venv}/bin/python" -m pytest "${select[@]}" "$@"

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from base import checkpoint
-from base.backend import load_backend
+from base.backend import list_backends, load_backend
 from base.config import Config
 from base.errors import UserError
 from tests.conftest import losses, start_training
 
 FLAGS = ["--epochs", "3", "--eval_every", "2", "--target", "null", "--log_every", "1", "--checkpoint_every", "3", "--learning_rate", "0.01"]
-TWO = ["--nproc", "2", "--device", "cpu", "--batch_size", "4"]
+TWO = ("--nproc", "2", "--device", "cpu", "--batch_size", "4")
+ON_THE_CPU = [name for name in list_backends() if load_backend(name).device in ("auto", "cpu")]
+WAYS = [pytest.param(("--name", name), id=name, marks=[pytest.mark.long] * (name != "reference")) for name in ON_THE_CPU]
+WAYS.append(pytest.param(TWO, id="two ranks", marks=pytest.mark.long))
 
 
 def rank_pids(launcher: int) -> list[int]:
@@ -85,9 +88,8 @@ def undisturbed(tmp_path_factory, demo_data):
     return get
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_sigterm_saves_and_a_resumed_run_is_the_same(train, tmp_path, undisturbed, ranks):
-    flags = TWO if ranks == 2 else []
+@pytest.mark.parametrize("flags", WAYS)
+def test_sigterm_saves_and_a_resumed_run_is_the_same(train, tmp_path, undisturbed, flags):
     process = train(*FLAGS, *flags, wait=False)
     wait_for(lambda: steps_done(tmp_path / "run") >= 4, process)
     process.send_signal(signal.SIGTERM)
@@ -99,12 +101,11 @@ def test_sigterm_saves_and_a_resumed_run_is_the_same(train, tmp_path, undisturbe
     done = train("--resume", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert f"{stopped_at} steps done" in done.stdout
-    assert_same(tmp_path / "run", undisturbed(tuple(flags)))
+    assert_same(tmp_path / "run", undisturbed(flags))
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_sigkill_in_the_middle_of_an_epoch(train, tmp_path, undisturbed, ranks):
-    flags = TWO if ranks == 2 else []
+@pytest.mark.parametrize("flags", WAYS)
+def test_sigkill_in_the_middle_of_an_epoch(train, tmp_path, undisturbed, flags):
     process = train(*FLAGS, *flags, wait=False)
     wait_for(lambda: steps_done(tmp_path / "run") >= 5, process)
     os.kill(rank_pids(process.pid)[-1], signal.SIGKILL)
@@ -112,7 +113,7 @@ def test_sigkill_in_the_middle_of_an_epoch(train, tmp_path, undisturbed, ranks):
     assert process.returncode == 137 and "--resume" in err
     done = train("--resume", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert_same(tmp_path / "run", undisturbed(tuple(flags)))
+    assert_same(tmp_path / "run", undisturbed(flags))
 
 
 def test_sigkill_while_a_checkpoint_is_written(train, tmp_path, undisturbed):
@@ -126,11 +127,11 @@ def test_sigkill_while_a_checkpoint_is_written(train, tmp_path, undisturbed):
         checkpoint.read(path)  # whatever is there under its final name is whole
     done = train("--resume", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert_same(tmp_path / "run", undisturbed(()))
+    assert_same(tmp_path / "run", undisturbed(("--name", "reference")))
 
 
 def test_sigkill_between_an_epochs_end_and_its_evaluation(train, tmp_path, undisturbed):
-    whole = undisturbed(())
+    whole = undisturbed(("--name", "reference"))
     second = final_state(whole)["progress"]["evaluations"][0]["step"]  # the end of the second epoch, the first to be evaluated
     process = train(*FLAGS, wait=False)
     wait_for(checkpoint.step_path(tmp_path / "run", second).exists, process, pause=0.001)
@@ -155,7 +156,7 @@ def test_sigkill_of_the_launcher_stops_the_ranks(train, tmp_path, undisturbed):
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     assert train("--resume", str(tmp_path / "run")).returncode == 0
-    assert_same(tmp_path / "run", undisturbed(()))
+    assert_same(tmp_path / "run", undisturbed(("--name", "reference")))
 
 
 def test_damaged_latest_checkpoint_falls_back_to_the_one_before(train, tmp_path, undisturbed):
@@ -168,7 +169,7 @@ def test_damaged_latest_checkpoint_falls_back_to_the_one_before(train, tmp_path,
     done = train("--resume", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert f"{newest} is truncated" in done.stdout and f"resumed from {before.name}" in done.stdout
-    assert_same(tmp_path / "run", undisturbed(()))
+    assert_same(tmp_path / "run", undisturbed(("--name", "reference")))
 
 
 def test_resuming_a_finished_run_changes_nothing(train, tmp_path):

@@ -130,3 +130,17 @@ def test_two_nodes(tmp_path, demo_data):
     assert losses(tmp_path / "0" / "run") == losses(tmp_path / "alone")
     ours, theirs = (checkpoint.read(checkpoint.listed(r)[0])["model"] for r in (tmp_path / "0" / "run", tmp_path / "alone"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_evaluation_in_the_background_changes_nothing_but_time(train, tmp_path):
+    flags = ["--epochs", "3", "--eval_every", "1", "--target", "null", "--log_every", "1", "--learning_rate", "0.01"]
+    assert train(*flags, run="here").returncode == 0
+    done = train(*flags, "--evaluate_in_background", run="background")
+    assert done.returncode == 0, done.stderr
+    here, background = (checkpoint.read(tmp_path / name / "checkpoints" / "best.pt") for name in ("here", "background"))
+    assert background["progress"]["evaluations"] == here["progress"]["evaluations"]
+    assert all(torch.equal(background["model"][name], tensor) for name, tensor in here["model"].items())
+    assert losses(tmp_path / "background") == losses(tmp_path / "here")
+    final = [checkpoint.read(checkpoint.listed(tmp_path / name)[0])["progress"] for name in ("here", "background")]
+    assert [e["epoch"] for e in final[1]["evaluations"]] == [1, 2, 3] and final[0]["evaluations"] == final[1]["evaluations"]
+    assert not list((tmp_path / "background").glob(".*"))

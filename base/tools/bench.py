@@ -1,7 +1,7 @@
 """``python -m base bench --part P``: measure one part of the benchmark on this machine against its limits.
 
 Exit code 0 when every limit is met, 1 when one is missed. A part is a module with ``PART`` (what it times and where the
-clock starts and stops) and ``measure(log) -> list[Figure]``.
+clock starts and stops) and ``measure(log) -> list[Figure]``, or a function of `base.tools.bench_parts`.
 """
 
 import argparse
@@ -11,12 +11,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-PARTS = {"index": "base.tools.bench_index"}  # add a part with one line; only the chosen one is imported
+COMPONENTS = ("loader", "matcher", "loss", "decoder", "evaluator", "step")  # functions of base.tools.bench_parts
+PARTS = ("index", *COMPONENTS)
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,30 @@ def table(figures: list[Figure]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def chosen(part: str, names: list[str] | None) -> tuple[str, Callable]:
+    """What a part times, and the function that measures it; only its module is imported."""
+    if part == "index":
+        module = importlib.import_module("base.tools.bench_index")
+        return module.PART, module.measure
+    from base.backend import list_backends, load_backend
+
+    function = getattr(importlib.import_module("base.tools.bench_parts"), part)
+    names = names or [name for name in list_backends() if load_backend(name).device in ("auto", "cpu")]
+    return " ".join(function.__doc__.split()), lambda log: function(log, names)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, required=True, help="what to measure")
+    parser.add_argument("--name", nargs="+", metavar="BACKEND", default=None, help="backends to compare (default: all that run on the CPU)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args(arguments)
-    part = importlib.import_module(PARTS[options.part])
-    print(part.PART, flush=True)
-    figures = part.measure(lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+    boundaries, measure = chosen(options.part, options.name)
+    print(boundaries, flush=True)
+    figures = measure(lambda line: print(f"  {line}", file=sys.stderr, flush=True))
     about = machine()
     print("\n" + "\n".join(f"{name:7} {value}" for name, value in about.items()) + "\n\n" + table(figures))
     if options.json:
-        content = {"part": options.part, "boundaries": part.PART, "machine": about, "figures": [{**asdict(f), "ok": f.ok} for f in figures]}
+        content = {"part": options.part, "boundaries": boundaries, "machine": about, "figures": [{**asdict(f), "ok": f.ok} for f in figures]}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0 if all(figure.ok for figure in figures) else 1

@@ -11,7 +11,7 @@ from base.config import Config, validate
 from base.contracts import FIGURES
 from base.distributed import Ranks, device_type, devices_here
 from base.errors import UserError
-from base.evaluate import evaluate, make_eval_loader
+from base.evaluate import detect, figures, make_eval_loader
 from base.index import AnnotationIndex
 
 
@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
     model.to(device)
     step = backend.step(model=model, optimizer=None, matcher=backend.matcher, loss=backend.loss, device=device)
     ranks = Ranks(0, 1, device)
-    figures, _ = evaluate(backend, config, ranks, step, model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
-    print("\n".join(f"{name:>6}  {figures[name]:.4f}" for name in FIGURES))
+    arrays, _ = detect(backend, config, ranks, step, model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
+    found = figures(backend, config.path("val_annotations"), arrays)
+    print("\n".join(f"{name:>6}  {found[name]:.4f}" for name in FIGURES))
     return 0

@@ -1,0 +1,92 @@
+"""Builds the native parts of the CPU backend: ``native/<name>.cpp`` becomes the module ``_<name>`` beside this file.
+
+``python cpu/build.py`` builds what is not current; ``--check`` only says (exit code 1) whether something is not;
+``--sanitize`` builds with AddressSanitizer and UndefinedBehaviorSanitizer into ``native/sanitized/``.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+STAMP = HERE / "_built.json"
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+LIBRARIES = {"images": ["-ljpeg"]}  # module → what it is linked with
+INSTALL = "apt-get install -y g++ libjpeg62-turbo-dev (Debian; Ubuntu: g++ libjpeg-turbo8-dev; Fedora: gcc-c++ libjpeg-turbo-devel)"
+
+
+def sources() -> dict[str, Path]:
+    """Module name → its source."""
+    return {path.stem: path for path in sorted((HERE / "native").glob("*.cpp"))}
+
+
+def fingerprint() -> str:
+    """What decides the result: sources, headers, flags, this Python."""
+    digest = hashlib.sha256(repr((FLAGS, LIBRARIES, sys.version)).encode())
+    for path in sorted((HERE / "native").glob("*.[ch]pp")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def target(name: str, folder: Path) -> Path:
+    return folder / f"_{name}{EXTENSION_SUFFIXES[0]}"
+
+
+def current() -> bool:
+    """Whether everything is built from these sources."""
+    return STAMP.exists() and json.loads(STAMP.read_text()) == fingerprint() and all(target(name, HERE).exists() for name in sources())
+
+
+def missing() -> str:
+    """What the machine lacks for building, with the command that installs it; nothing if it lacks nothing."""
+    if shutil.which("g++") is None:
+        return f"the CPU backend is native code and there is no C++ compiler here: {INSTALL}; or use --name reference"
+    probe = subprocess.run(["g++", "-E", "-x", "c++", "-"], input="#include <cstdio>\n#include <jpeglib.h>\n", capture_output=True, text=True)
+    if probe.returncode:
+        return f"the CPU backend reads JPEG files with libjpeg-turbo, whose header jpeglib.h is missing: {INSTALL}; or use --name reference"
+    return ""
+
+
+def compile_one(name: str, folder: Path, flags: list[str]) -> str:
+    """Builds one module; returns the compiler's words if it failed."""
+    import pybind11
+
+    output = target(name, folder)
+    includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    temporary = output.with_suffix(".new")
+    command = ["g++", *FLAGS, *flags, *includes, str(sources()[name]), "-o", str(temporary), *LIBRARIES.get(name, [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return f"{' '.join(command)}\n{done.stderr}"
+    temporary.replace(output)
+    return ""
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["--check"]:
+        return 0 if current() else 1
+    if problem := missing():
+        print(problem, file=sys.stderr)
+        return 1
+    sanitize = arguments == ["--sanitize"]
+    folder = HERE / "native" / "sanitized" if sanitize else HERE
+    folder.mkdir(exist_ok=True)
+    with ThreadPoolExecutor() as pool:
+        problems = [problem for problem in pool.map(lambda name: compile_one(name, folder, SANITIZE if sanitize else []), sources()) if problem]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems and not sanitize:
+        STAMP.write_text(json.dumps(fingerprint()))
+        print(f"built {', '.join(sources())}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,348 @@
+// Image files → samples: decode what the crop needs, resize with antialiasing, mirror, colour jitter, into a batch uint8 (N, H, W, 3).
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <array>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "draws.hpp"
+#include "jitter.hpp"
+#include "jpeg.hpp"
+#include "resample.hpp"
+
+namespace py = pybind11;
+using namespace images;
+
+namespace {
+
+constexpr size_t KEEP = 32 << 20;  // bytes of working memory that a thread keeps between images
+
+struct Look {  // what becomes of the picture
+    std::array<double, 4> crop;  // ltrb, shares of the picture
+    bool flip;
+    std::array<int, 4> order;
+    std::array<double, 4> amounts;
+    bool jitter;
+};
+
+struct Work {  // a thread's memory
+    std::vector<uint8_t> file, ring, band, columns, picture;
+    std::vector<const uint8_t*> rows;
+    Taps across, down;
+    void trim() {
+        for (auto* buffer : {&file, &ring, &band, &columns, &picture})
+            if (buffer->capacity() > KEEP) std::vector<uint8_t>().swap(*buffer);
+    }
+};
+
+template <class T>
+T* sized(std::vector<T>& buffer, size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+    return buffer.data();
+}
+
+struct Crop {  // in pixels, as PIL's crop of the reference
+    int left, top, right, bottom;
+};
+
+Crop crop_of(const Look& look, int width, int height) {
+    auto edge = [](double share, int side) { return std::min(std::max(int(share * side), 0), side); };
+    Crop crop = {edge(look.crop[0], width), edge(look.crop[1], height), edge(look.crop[2], width), edge(look.crop[3], height)};
+    crop.left = std::min(crop.left, width - 1), crop.top = std::min(crop.top, height - 1);
+    crop.right = std::max(crop.right, crop.left + 1), crop.bottom = std::max(crop.bottom, crop.top + 1);
+    return crop;
+}
+
+// One band of output rows after the other. row(y) gives a source row's pixel at column `begin`; rows are asked for in rising order.
+class Resizer {
+public:
+    Resizer(Work& work, int height, int width, int begin, int end, bool flip)
+        : work(work), height(height), width(width), begin(begin), end(end), flip(flip), bytes((end - begin) * 3), pitch(size_t(bytes) + 63 & ~size_t(63)) {
+        bands = (height + LANES - 1) / LANES;
+        sized(work.band, pitch * LANES);
+        sized(work.columns, size_t(bytes) * LANES);
+        sized(work.picture, size_t(bands) * width * 3 * LANES);
+        work.rows.resize(size_t(work.down.taps));
+        for (int& first : work.across.first) first -= begin;
+    }
+
+    // `row(y)` must stay valid until rows before down.first of the next output row are no longer needed.
+    template <class Row>
+    void line(int y, Row&& row) {
+        const Taps& down = work.down;
+        for (int k = 0; k < down.count[y]; ++k) work.rows[k] = row(down.first[y] + k);
+        uint8_t* target = work.band.data() + size_t(y % LANES) * pitch;
+        if (down.count[y] == 1)
+            memcpy(target, work.rows[0], size_t(bytes));
+        else
+            blend_rows(target, work.rows.data(), &down.weights[size_t(y) * down.taps], down.count[y], bytes);
+        if (y % LANES == LANES - 1 || y == height - 1) band(y / LANES, y % LANES + 1);
+    }
+
+    uint8_t* picture() { return work.picture.data(); }
+    long groups() const { return long(bands) * width; }
+
+    // The finished picture as rows.
+    void write(uint8_t* out) const {
+        for (int b = 0; b < bands; ++b) {
+            const uint8_t* source = work.picture.data() + size_t(b) * width * 3 * LANES;
+            const int rows = std::min(LANES, height - b * LANES);
+            transpose(out + size_t(b) * LANES * width * 3, size_t(width) * 3, source, LANES, width * 3, rows);
+        }
+    }
+
+private:
+    void band(int number, int rows) {
+        if (rows < LANES) memset(work.band.data() + size_t(rows) * pitch, 0, size_t(LANES - rows) * pitch);
+        transpose(work.columns.data(), LANES, work.band.data(), pitch, LANES, bytes);
+        const Taps& across = work.across;
+        blend_columns(work.picture.data() + size_t(number) * width * 3 * LANES, work.columns.data(), across.first.data(), across.count.data(),
+                      across.weights.data(), across.taps, width, flip);
+    }
+
+    Work& work;
+    const int height, width, begin, end;
+    const bool flip;
+    const int bytes;
+    const size_t pitch;
+    int bands;
+};
+
+void finish(Resizer& resizer, const Look& look, uint8_t* out, int height, int width) {
+    if (look.jitter) jitter(resizer.picture(), resizer.groups(), long(height) * width, look.order.data(), look.amounts.data(), 4);
+    resizer.write(out);
+}
+
+bool aspect_fits(long width, long height, long recorded_width, long recorded_height) {
+    return std::labs(width * recorded_height - height * recorded_width) < std::max({recorded_width, recorded_height, width, height});
+}
+
+// → eighths of full size at which it was decoded; -Status if it was not.
+int render_jpeg(Work& work, const uint8_t* data, size_t size, int recorded_height, int recorded_width, const Look& look, bool exact, uint8_t* out,
+                int height, int width) {
+    Jpeg jpeg;
+    if (int status = jpeg.open(data, size)) return -status;
+    auto& info = jpeg.info;
+    const int full_width = int(info.image_width), full_height = int(info.image_height);
+    if (recorded_width > 0 && !aspect_fits(full_width, full_height, recorded_width, recorded_height)) return -UNUSUAL;
+    const Crop crop = crop_of(look, full_width, full_height);
+    int eighths = 8;
+    // Scales between these have no vector code in libjpeg-turbo and take longer than the full size.
+    while (!exact && eighths > 1 && (crop.right - crop.left) * long(eighths) / 16 >= width && (crop.bottom - crop.top) * long(eighths) / 16 >= height) eighths /= 2;
+    info.scale_num = unsigned(eighths), info.scale_denom = 8;
+    const double scale = eighths / 8.0;
+    if (!work.across.prepare(crop.left * scale, crop.right * scale, width)) return -UNUSUAL;
+    if (!work.down.prepare(crop.top * scale, crop.bottom * scale, height)) return -UNUSUAL;
+
+    if (int status = jpeg.guarded([&] { jpeg_start_decompress(&info); })) return -status;
+    const int begin = int(crop.left * scale), end = std::min(int(std::ceil(crop.right * scale)), int(info.output_width));
+    const int first_row = work.down.first[0], decoded_height = int(info.output_height);
+    JDIMENSION column = 0, columns = info.output_width;
+    if (begin > 0 || end < int(info.output_width)) {  // two more on either side: chroma is interpolated from its neighbours
+        column = JDIMENSION(std::max(begin - 2, 0));
+        columns = JDIMENSION(std::min(end + 2, int(info.output_width))) - column;
+        if (int status = jpeg.guarded([&] { jpeg_crop_scanline(&info, &column, &columns); })) return -status;
+    }
+    const size_t pitch = (size_t(columns) * 3 + 127) & ~size_t(63);
+    const int slots = work.down.taps + 32;
+    uint8_t* ring = sized(work.ring, pitch * size_t(slots));
+    Resizer resizer(work, height, width, begin, end, look.flip);
+
+    const int skip = first_row > 0 ? first_row : 0;
+    int status = jpeg.guarded([&] {
+        if (skip > 0) jpeg_skip_scanlines(&info, JDIMENSION(skip));
+        int have = skip;
+        const Taps& down = work.down;
+        for (int y = 0; y < height; ++y) {
+            const int need = std::min(down.first[y] + down.count[y], decoded_height);
+            while (have < need) {
+                JSAMPROW lines[16];
+                const int room = std::min({16, down.first[y] + slots - have, decoded_height - have});
+                for (int i = 0; i < room; ++i) lines[i] = ring + size_t((have + i) % slots) * pitch;
+                const int read = int(jpeg_read_scanlines(&info, lines, JDIMENSION(room)));
+                if (read <= 0) jpeg.give_up();
+                have += read;
+            }
+            resizer.line(y, [&](int at) { return ring + size_t(std::min(at, decoded_height - 1) % slots) * pitch + size_t(begin - int(column)) * 3; });
+        }
+    });
+    if (status) return -status;
+    finish(resizer, look, out, height, width);
+    return eighths;
+}
+
+// → false if it takes more source pixels for one than the resizer knows.
+bool render_rows(Work& work, const uint8_t* pixels, int source_height, int source_width, const Look& look, uint8_t* out, int height, int width) {
+    const Crop crop = crop_of(look, source_width, source_height);
+    if (!work.across.prepare(crop.left, crop.right, width) || !work.down.prepare(crop.top, crop.bottom, height)) return false;
+    Resizer resizer(work, height, width, crop.left, crop.right, look.flip);
+    for (int y = 0; y < height; ++y) resizer.line(y, [&](int at) { return pixels + (size_t(at) * source_width + crop.left) * 3; });
+    finish(resizer, look, out, height, width);
+    return true;
+}
+
+Work& work_of_thread() {
+    thread_local Work work;
+    return work;
+}
+
+// The file's bytes in work.file; 0 if it is not a file that can be read.
+size_t read_file(Work& work, const char* path) {
+    const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (file < 0) return 0;
+    struct stat about;
+    size_t size = 0;
+    if (fstat(file, &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 0 && about.st_size < (1 << 30)) {
+        const size_t all = size_t(about.st_size);
+        try {
+            sized(work.file, all);
+        } catch (...) {
+            close(file);
+            throw;
+        }
+        while (size < all) {
+            const ssize_t got = read(file, work.file.data() + size, all - size);
+            if (got <= 0) break;
+            size += size_t(got);
+        }
+        if (size < all) size = 0;
+    }
+    close(file);
+    return size;
+}
+
+using Bytes = py::array_t<uint8_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+struct Target {
+    uint8_t* pixels;
+    int height, width;
+};
+
+Target target_of(Bytes& batch, py::ssize_t row) {
+    if (batch.ndim() != 4 || batch.shape(3) != 3 || row < 0 || row >= batch.shape(0)) throw py::value_error("a batch is uint8 (N, H, W, 3), and the row one of N");
+    if (batch.shape(1) < 1 || batch.shape(2) < 1 || batch.shape(1) > 32768 || batch.shape(2) > 32768) throw py::value_error("a sample has 1 to 32,768 pixels a side");
+    return {batch.mutable_data(row), int(batch.shape(1)), int(batch.shape(2))};
+}
+
+Look look_of(const Sample* sample) {
+    Look look = {{0, 0, 1, 1}, false, {0, 1, 2, 3}, {1, 1, 1, 0}, sample != nullptr};
+    if (sample) {
+        look.crop = {sample->crop.left, sample->crop.top, sample->crop.right, sample->crop.bottom};
+        look.flip = sample->flip;
+        std::copy(sample->order, sample->order + 4, look.order.begin());
+        std::copy(sample->amounts, sample->amounts + 4, look.amounts.begin());
+    }
+    return look;
+}
+
+int render(const uint8_t* data, size_t size, const Look& look, bool exact, const Target& target, std::pair<int, int> recorded) {
+    Work& work = work_of_thread();
+    const int result = render_jpeg(work, data, size, recorded.first, recorded.second, look, exact, target.pixels, target.height, target.width);
+    work.trim();
+    return result;
+}
+
+int render_file(const std::string& path, Bytes batch, py::ssize_t row, const Sample* sample, std::pair<int, int> recorded, bool exact) {
+    const Target target = target_of(batch, row);
+    const Look look = look_of(sample);
+    py::gil_scoped_release release;
+    Work& work = work_of_thread();
+    const size_t size = read_file(work, path.c_str());
+    return size == 0 ? -UNUSUAL : render(work.file.data(), size, look, exact, target, recorded);
+}
+
+int render_bytes(const py::bytes& data, Bytes batch, py::ssize_t row, const Sample* sample, std::pair<int, int> recorded, bool exact) {
+    const Target target = target_of(batch, row);
+    const Look look = look_of(sample);
+    char* content;
+    py::ssize_t size;
+    if (PyBytes_AsStringAndSize(data.ptr(), &content, &size)) throw py::error_already_set();
+    py::gil_scoped_release release;
+    return render(reinterpret_cast<const uint8_t*>(content), size_t(size), look, exact, target, recorded);
+}
+
+bool render_array(Bytes pixels, Bytes batch, py::ssize_t row, const Sample* sample) {
+    const Target target = target_of(batch, row);
+    if (pixels.ndim() != 3 || pixels.shape(2) != 3 || pixels.shape(0) < 1 || pixels.shape(1) < 1 || pixels.shape(0) * pixels.shape(1) > MAX_PIXELS)
+        throw py::value_error("pixels are uint8 (height, width, 3)");
+    const Look look = look_of(sample);
+    const uint8_t* source = pixels.data();
+    const int height = int(pixels.shape(0)), width = int(pixels.shape(1));
+    py::gil_scoped_release release;
+    Work& work = work_of_thread();
+    const bool done = render_rows(work, source, height, width, look, target.pixels, target.height, target.width);
+    work.trim();
+    return done;
+}
+
+Sample draw(const py::object& generator, const Floats& boxes, int tries, const Rules& rules) {
+    const py::capsule stream = generator.attr("bit_generator").attr("capsule");  // does not keep its generator alive
+    if (std::string(stream.name() ? stream.name() : "") != "BitGenerator") throw py::value_error("generator is numpy.random.Generator");
+    if (boxes.ndim() != 2 || boxes.shape(1) != 4) throw py::value_error("boxes are (M, 4)");
+    if (tries < 1) throw py::value_error("a rule is tried once or more");
+    std::vector<Box> given(size_t(boxes.shape(0)));
+    for (size_t i = 0; i < given.size(); ++i) {
+        const float* edges = boxes.data() + 4 * i;
+        given[i] = {edges[0], edges[1], edges[2], edges[3]};
+    }
+    Sample sample;
+    draw_sample(*stream.get_pointer<BitStream>(), rules, given, tries, sample);
+    return sample;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_images, m) {
+    m.doc() = "Image files to samples; see cpu/loader.py.";
+    m.attr("TOO_MANY_SCANS") = -TOO_MANY_SCANS;
+    m.attr("MAX_SCANS") = MAX_SCANS;
+    py::class_<Rules>(m, "Rules", "The constants that samples are drawn with; low and high of brightness, contrast, saturation, hue.")
+        .def(py::init([](std::vector<double> minimum_ious, double flip_probability, std::array<double, 4> low, std::array<double, 4> high) {
+                 Rules rules{std::move(minimum_ious), flip_probability, {}, {}};
+                 std::copy(low.begin(), low.end(), rules.low);
+                 std::copy(high.begin(), high.end(), rules.high);
+                 return rules;
+             }),
+             py::arg("minimum_ious"), py::arg("flip_probability"), py::arg("low"), py::arg("high"));
+    py::class_<Sample>(m, "Sample", "What was drawn for a sample, and the boxes that remain.")
+        .def(py::init([](std::array<double, 4> crop, bool flip, std::array<int, 4> order, std::array<double, 4> amounts) {
+                 Sample sample;
+                 sample.crop = {crop[0], crop[1], crop[2], crop[3]};
+                 sample.flip = flip;
+                 for (int change : order)
+                     if (change < 0 || change > 3) throw py::value_error("changes are numbered 0 to 3");
+                 for (double edge : crop)
+                     if (!(edge >= 0 && edge <= 2)) throw py::value_error("a crop lies in [0, 1]");
+                 for (double amount : amounts)
+                     if (!(std::abs(amount) <= 1000)) throw py::value_error("an amount is a small number");
+                 std::copy(order.begin(), order.end(), sample.order);
+                 std::copy(amounts.begin(), amounts.end(), sample.amounts);
+                 return sample;
+             }),
+             py::arg("crop"), py::arg("flip"), py::arg("order"), py::arg("amounts"))
+        .def_property_readonly("crop", [](const Sample& s) { return std::array<double, 4>{s.crop.left, s.crop.top, s.crop.right, s.crop.bottom}; })
+        .def_readonly("flip", &Sample::flip)
+        .def_property_readonly("order", [](const Sample& s) { return std::array<int, 4>{s.order[0], s.order[1], s.order[2], s.order[3]}; })
+        .def_property_readonly("amounts", [](const Sample& s) { return std::array<double, 4>{s.amounts[0], s.amounts[1], s.amounts[2], s.amounts[3]}; })
+        .def_property_readonly("kept", [](const Sample& s) { return py::array_t<int>(py::ssize_t(s.kept.size()), s.kept.data()); })
+        .def_property_readonly("boxes", [](const Sample& s) { return py::array_t<float>({py::ssize_t(s.kept.size()), py::ssize_t(4)}, s.boxes.data()); });
+    m.def("draw", &draw, py::arg("generator"), py::arg("boxes"), py::arg("tries"), py::arg("rules"),
+          "Draws a sample with a numpy.random.Generator, as the reference's augment does.");
+    const char* about =
+        "Renders a JPEG file into row `row` of a batch uint8 (N, H, W, 3): as `sample` says, or only resized (None). `recorded` is (height, width), "
+        "0 if unknown.\n\n→ the eighths of its size at which it was decoded (8 if `exact`); below 0: TOO_MANY_SCANS, or damaged or unusual.";
+    m.def("render_file", &render_file, py::arg("path"), py::arg("batch").noconvert(), py::arg("row"), py::arg("sample").none(true),
+          py::arg("recorded") = std::pair<int, int>(0, 0), py::arg("exact") = false, about);
+    m.def("render_bytes", &render_bytes, py::arg("data"), py::arg("batch").noconvert(), py::arg("row"), py::arg("sample").none(true),
+          py::arg("recorded") = std::pair<int, int>(0, 0), py::arg("exact") = false, about);
+    m.def("render_array", &render_array, py::arg("pixels").noconvert(), py::arg("batch").noconvert(), py::arg("row"), py::arg("sample").none(true),
+          "The same of pixels uint8 (height, width, 3); False if they are too large for it.");
+}
