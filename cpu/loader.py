@@ -1,13 +1,15 @@
-"""Loading with native code in worker processes: the reference's samples, decoded, cropped, resized and changed in one call.
+"""Loading with native code in threads: the reference's samples, decoded, cropped, resized and changed in one call.
 
-The draws, the order of images and what becomes of bad files are the reference's, whose `PlainLoader` this builds on. A
-worker writes its images straight into a batch in shared memory, which the receiver maps; nothing is copied or pickled.
-The small arrays of a batch travel beside it.
+The draws, the order of images and what becomes of bad files are the reference's, whose `PlainLoader` this builds on. Native
+code writes each sample to its place in the batch and does not hold the GIL, so threads do what processes would: without
+their memory, their shared memory, and the copies between them.
 """
 
 import os
-import signal
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,67 +17,50 @@ import torch
 from base.backends.reference import augment as rules
 from base.backends.reference import loader as reference
 from base.backends.reference.images import BadImage, read_rgb
-from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from base.contracts import Batch
-from base.errors import UserError
 from base.sampling import sample_rng
 
 from . import _images
 
-SHARED_MEMORY = Path("/dev/shm")
-GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # what Ctrl-C and torchrun send to a rank's whole process group
+AHEAD = 2  # batches that each thread may be ahead of the receiver
 JITTER = np.array([rules.BRIGHTNESS, rules.CONTRAST, rules.SATURATION, rules.HUE])
 NEUTRAL = np.array([1, 1, 1, 0])
 RULES = _images.Rules(rules.MINIMUM_IOUS, rules.FLIP_PROBABILITY, NEUTRAL - JITTER, NEUTRAL + JITTER)
 
 
 class NativeSamples(reference.Samples):
-    """The reference's samples, written into a batch: ``batch[row]`` is where the next one goes."""
+    """The reference's samples, written into a batch."""
 
-    batch: np.ndarray
-    row: int
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[tuple | None, list, int]:
-        """All samples of a batch → (images, boxes, labels, image ids, sizes), bad files, samples lost; as reference's `collate`."""
-        images = batch_memory(len(keys), *self.size)
-        self.batch, self.row, found, bad = images.numpy(), 0, [], []
+    def batch(self, keys: list[tuple[int, int]]) -> tuple[Batch | None, list, int]:
+        """All samples of a batch → what reference's `collate` makes of them."""
+        images = torch.empty(len(keys), *self.size, 3, dtype=torch.uint8)
+        found, bad = [], []
         for key in keys:
-            *sample, passed_over = self[key]
+            *sample, passed_over = self.find(key, images.numpy(), len(found))
             bad += passed_over
             if sample[0] is not None:
                 found.append(sample)
-                self.row += 1
-        del self.batch
         if not found:
             return None, bad, len(keys)
-        _, boxes, labels, ids, sizes = zip(*found, strict=True)
+        boxes, labels, ids, sizes = zip(*found, strict=True)
         longest = max(1, *map(len, labels))
         padded_boxes, padded_labels = np.zeros((len(found), longest, 4), np.float32), np.zeros((len(found), longest), np.int64)
         for row, (some, kinds) in enumerate(zip(boxes, labels, strict=True)):
             padded_boxes[row, : len(some)], padded_labels[row, : len(kinds)] = some, kinds
         rest = padded_boxes, padded_labels, np.array(ids, np.int64), np.array(sizes, np.int64)
-        return (images[: len(found)], *rest), bad, len(keys) - len(found)
+        return Batch(images[: len(found)], *map(torch.from_numpy, rest)), bad, len(keys) - len(found)
 
-    def sample(self, epoch: int, number: int) -> tuple:
+    def sample(self, epoch: int, number: int, batch: np.ndarray, row: int) -> tuple:
+        """Renders the sample into ``batch[row]`` → (boxes, labels, image id, size)."""
         image_id, size = int(self.index.image_ids[number]), self.index.sizes[number]
         boxes, labels = self.index.ltrb(number)
         drawn = None
         if epoch >= 0:
             drawn = _images.draw(sample_rng(self.seed, epoch, image_id), boxes, self.max_samples, RULES)
             boxes, labels = drawn.boxes, labels[drawn.kept]
-        render(self.image_dir / self.index.file_name(number), self.batch, self.row, drawn, tuple(size.tolist()))
-        return self.row, boxes, labels, image_id, size
-
-
-def batch_memory(count: int, height: int, width: int) -> Tensor:
-    """uint8 (count, height, width, 3), not yet filled; in a worker shared memory, so that the batch is only mapped by its receiver."""
-    shape = count, height, width, 3
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(count * height * width * 3)  # as torch's own default_collate does
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+        render(self.image_dir / self.index.file_name(number), batch, row, drawn, tuple(size.tolist()))
+        return boxes, labels, image_id, size
 
 
 def render(path: Path, batch: np.ndarray, row: int, drawn, recorded: tuple[int, int]) -> None:
@@ -103,51 +88,28 @@ def render(path: Path, batch: np.ndarray, row: int, drawn, recorded: tuple[int, 
 
 
 class NativeLoader(reference.PlainLoader):
-    """The reference's loader ``plain``, with native samples and ``workers`` processes."""
+    """The reference's loader ``plain``, with native samples made by ``workers`` threads; 0: in the caller's own."""
 
     def __init__(self, plain: reference.PlainLoader, workers: int, epoch: int):
         samples = NativeSamples(**vars(plain.loader.dataset))
-        super().__init__(samples, plain.plan, workers, plain.gaps, epoch)
-        self.loader.collate_fn, self.loader.worker_init_fn = as_it_is, begin_worker
-        if workers > 0:
-            largest = max(map(len, self.sampler.batches), default=0)
-            check_shared_memory((workers * self.loader.prefetch_factor + 2) * largest * samples.size[0] * samples.size[1] * 3)
+        super().__init__(samples, plain.plan, workers=0, gaps=plain.gaps, epoch=epoch)
+        self.samples, self.ahead = samples, AHEAD * workers
+        self.pool = ThreadPoolExecutor(workers, "loader") if workers else None
 
-    def __iter__(self) -> Iterator[Batch]:
-        for images, *rest in super().__iter__():
-            yield Batch(images, *map(torch.from_numpy, rest))
-
-    def _started(self) -> Iterator:
-        """Workers are born with these signals held back, so that none ends one that has not yet left the process group."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    def results(self) -> Iterator[tuple[Batch | None, list, int]]:
+        if self.pool is None:
+            yield from map(self.samples.batch, self.sampler)
+            return
+        keys = iter(list(self.sampler))  # a new epoch may be chosen while this one is left early
+        waiting = deque(self.pool.submit(self.samples.batch, some) for some in islice(keys, self.ahead))
         try:
-            return super()._started()
+            while waiting:
+                done = waiting.popleft().result()
+                waiting.extend(self.pool.submit(self.samples.batch, some) for some in islice(keys, 1))
+                yield done
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def begin_worker(worker: int) -> None:
-    reference.leave_group(worker)
-    while signal.sigtimedwait(GROUP_SIGNALS, 0):  # meant for the group
-        pass
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
-
-
-def as_it_is(found: tuple) -> tuple:
-    return found
-
-
-def check_shared_memory(needed: int) -> None:
-    """Raises UserError if shared memory has less than ``needed`` bytes left: a worker that writes beyond it is killed."""
-    try:
-        about = os.statvfs(SHARED_MEMORY)
-    except OSError:  # another system keeps it elsewhere
-        return
-    if (left := about.f_bavail * about.f_frsize) < needed:
-        raise UserError(
-            f"{SHARED_MEMORY} has {left / 1e6:,.0f} MB left, and the batches of the loader's processes need {needed / 1e6:,.0f} MB; "
-            "give the container more (docker run --shm-size=8g), or use fewer --workers (0: none) or a smaller --batch_size"
-        )
+            for batch in waiting:
+                batch.cancel()
 
 
 def train_loader(*, workers: int, epoch: int = 0, **options) -> NativeLoader:

@@ -45,12 +45,16 @@ class Samples(Dataset):
         self.seed, self.max_samples, self.skip = seed, max_samples, skip
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
+        return self.find(key)
+
+    def find(self, key: tuple[int, int], *where) -> tuple:
+        """`sample` of the key's image or, when skipping, of the next that can be read, and the bad files passed over."""
         epoch, position = key
         bad = []
         tries = min(REPLACEMENTS, len(self.pool)) if self.skip and epoch >= 0 else 1
         for candidate in range(position, position + tries):
             try:
-                return (*self.sample(epoch, self.pool[candidate % len(self.pool)]), bad)
+                return (*self.sample(epoch, self.pool[candidate % len(self.pool)], *where), bad)
             except BadImage as error:
                 bad.append((error.path, error.reason))
         return (None, bad)
@@ -131,16 +135,7 @@ class PlainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises UserError naming the file that cannot be read, or the worker that died."""
-        batches = self._started()
-        while True:
-            try:
-                batch, bad, lost = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader worker (pid" not in str(error):  # anything else is an error within a worker
-                    raise
-                raise UserError(f"a loader process ended unexpectedly (out of memory, or killed): {error}") from error
+        for batch, bad, lost in self.results():
             if lost and not self.gaps:
                 path, reason = bad[0]
                 if self.skip:
@@ -149,6 +144,20 @@ class PlainLoader:
             self.bad_images.update(bad)
             if batch is not None:
                 yield batch
+
+    def results(self) -> Iterator[tuple[Batch | None, list, int]]:
+        """What `collate` makes of each batch's keys, in their order."""
+        batches = self._started()
+        while True:
+            try:
+                found = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker (pid" not in str(error):  # anything else is an error within a worker
+                    raise
+                raise UserError(f"a loader process ended unexpectedly (out of memory, or killed): {error}") from error
+            yield found
 
     def _started(self) -> Iterator:
         """The DataLoader's iterator, with this process's handling of SIGCHLD kept.

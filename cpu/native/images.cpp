@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "baseline.hpp"
 #include "draws.hpp"
 #include "jitter.hpp"
 #include "jpeg.hpp"
@@ -22,7 +23,8 @@ using namespace images;
 
 namespace {
 
-constexpr size_t KEEP = 32 << 20;  // bytes of working memory that a thread keeps between images
+constexpr size_t KEEP = 32 << 20;          // bytes of working memory that a thread keeps between images
+constexpr long LARGEST_PLANE = 1 << 22;    // pixels of a crop that is decoded whole before it is resized
 
 struct Look {  // what becomes of the picture
     std::array<double, 4> crop;  // ltrb, shares of the picture
@@ -35,10 +37,12 @@ struct Look {  // what becomes of the picture
 struct Work {  // a thread's memory
     std::vector<uint8_t> file, ring, band, columns, picture;
     std::vector<const uint8_t*> rows;
-    Taps across, down;
+    Taps across, down, chroma_across, chroma_down;
+    Baseline baseline;
     void trim() {
         for (auto* buffer : {&file, &ring, &band, &columns, &picture})
             if (buffer->capacity() > KEEP) std::vector<uint8_t>().swap(*buffer);
+        baseline.trim(KEEP);
     }
 };
 
@@ -60,121 +64,141 @@ Crop crop_of(const Look& look, int width, int height) {
     return crop;
 }
 
-// One band of output rows after the other. row(y) gives a source row's pixel at column `begin`; rows are asked for in rising order.
-class Resizer {
-public:
-    Resizer(Work& work, int height, int width, int begin, int end, bool flip)
-        : work(work), height(height), width(width), begin(begin), end(end), flip(flip), bytes((end - begin) * 3), pitch(size_t(bytes) + 63 & ~size_t(63)) {
-        bands = (height + LANES - 1) / LANES;
-        sized(work.band, pitch * LANES);
-        sized(work.columns, size_t(bytes) * LANES);
-        sized(work.picture, size_t(bands) * width * 3 * LANES);
-        work.rows.resize(size_t(work.down.taps));
-        for (int& first : work.across.first) first -= begin;
-    }
+// The sample as it is made: in bands of LANES rows, band → column → channel → row (resample.hpp).
+struct Picture {
+    uint8_t* pixels;
+    int height, width;
+    long groups;
 
-    // `row(y)` must stay valid until rows before down.first of the next output row are no longer needed.
-    template <class Row>
-    void line(int y, Row&& row) {
-        const Taps& down = work.down;
+    Picture(Work& work, int height, int width) : height(height), width(width), groups(long((height + LANES - 1) / LANES) * width) {
+        pixels = sized(work.picture, size_t(groups) * 3 * LANES);
+    }
+    uint8_t* band(int number) const { return pixels + size_t(number) * width * 3 * LANES; }
+
+    // Jitters it as asked for and writes it as rows.
+    void finish(const Look& look, uint8_t* out) const {
+        if (look.jitter) jitter(pixels, groups, long(height) * width, look.order.data(), look.amounts.data(), 4);
+        for (int y = 0; y < height; y += LANES)
+            transpose(out + size_t(y) * width * 3, size_t(width) * 3, band(y / LANES), LANES, width * 3, std::min(LANES, height - y));
+    }
+};
+
+// Resizes CHANNELS interleaved channels of a source into those of a picture from `channel` on. row(y) gives a source row's
+// pixel at column across.begin; rows are asked for in rising order, and must stay valid as long as a later output row needs them.
+template <int CHANNELS, class Row>
+void resize(Work& work, const Picture& picture, int channel, const Taps& across, const Taps& down, bool flip, Row&& row) {
+    const int bytes = (across.end - across.begin) * CHANNELS;
+    const size_t pitch = (size_t(bytes) + 63) & ~size_t(63);
+    sized(work.band, pitch * LANES);
+    sized(work.columns, size_t(bytes) * LANES);
+    work.rows.resize(size_t(down.taps));
+    for (int y = 0; y < picture.height; ++y) {
         for (int k = 0; k < down.count[y]; ++k) work.rows[k] = row(down.first[y] + k);
         uint8_t* target = work.band.data() + size_t(y % LANES) * pitch;
         if (down.count[y] == 1)
             memcpy(target, work.rows[0], size_t(bytes));
         else
             blend_rows(target, work.rows.data(), &down.weights[size_t(y) * down.taps], down.count[y], bytes);
-        if (y % LANES == LANES - 1 || y == height - 1) band(y / LANES, y % LANES + 1);
-    }
-
-    uint8_t* picture() { return work.picture.data(); }
-    long groups() const { return long(bands) * width; }
-
-    // The finished picture as rows.
-    void write(uint8_t* out) const {
-        for (int b = 0; b < bands; ++b) {
-            const uint8_t* source = work.picture.data() + size_t(b) * width * 3 * LANES;
-            const int rows = std::min(LANES, height - b * LANES);
-            transpose(out + size_t(b) * LANES * width * 3, size_t(width) * 3, source, LANES, width * 3, rows);
-        }
-    }
-
-private:
-    void band(int number, int rows) {
+        const int rows = y % LANES + 1;
+        if (rows < LANES && y + 1 < picture.height) continue;
         if (rows < LANES) memset(work.band.data() + size_t(rows) * pitch, 0, size_t(LANES - rows) * pitch);
         transpose(work.columns.data(), LANES, work.band.data(), pitch, LANES, bytes);
-        const Taps& across = work.across;
-        blend_columns(work.picture.data() + size_t(number) * width * 3 * LANES, work.columns.data(), across.first.data(), across.count.data(),
-                      across.weights.data(), across.taps, width, flip);
+        const auto blend_columns = CHANNELS == 3 ? blend_columns_of_3 : blend_columns_of_1;
+        blend_columns(picture.band(y / LANES) + channel * LANES, work.columns.data(), across, across.begin, picture.width, flip);
     }
-
-    Work& work;
-    const int height, width, begin, end;
-    const bool flip;
-    const int bytes;
-    const size_t pitch;
-    int bands;
-};
-
-void finish(Resizer& resizer, const Look& look, uint8_t* out, int height, int width) {
-    if (look.jitter) jitter(resizer.picture(), resizer.groups(), long(height) * width, look.order.data(), look.amounts.data(), 4);
-    resizer.write(out);
 }
 
 bool aspect_fits(long width, long height, long recorded_width, long recorded_height) {
     return std::labs(width * recorded_height - height * recorded_width) < std::max({recorded_width, recorded_height, width, height});
 }
 
+// How many eighths of full size are enough. Scales between these have no vector code in libjpeg-turbo and take longer than the full size.
+int eighths_for(const Crop& crop, int height, int width) {
+    int eighths = 8;
+    while (eighths > 1 && (crop.right - crop.left) * long(eighths) / 16 >= width && (crop.bottom - crop.top) * long(eighths) / 16 >= height) eighths /= 2;
+    return eighths;
+}
+
+// By baseline.hpp → false if the file is not for it, or is too large to be decoded into planes, or at full size.
+bool render_plain(Work& work, const uint8_t* data, size_t size, int recorded_height, int recorded_width, const Look& look, uint8_t* out, int height,
+                  int width) {
+    Baseline& file = work.baseline;
+    if (!file.open(data, size)) return false;
+    if (recorded_width > 0 && !aspect_fits(file.width, file.height, recorded_width, recorded_height)) return false;
+    const Crop crop = crop_of(look, file.width, file.height);
+    if (long(crop.right - crop.left) * (crop.bottom - crop.top) > LARGEST_PLANE || eighths_for(crop, height, width) < 8) return false;
+    if (!work.across.prepare(crop.left, crop.right, width) || !work.down.prepare(crop.top, crop.bottom, height)) return false;
+    if (!file.decode(crop.left, crop.top, crop.right, crop.bottom)) return false;
+    const Picture picture(work, height, width);
+    for (int i = 0; i < file.parts; ++i) {
+        const Plane& plane = file.planes[i];
+        if (i == 1) {
+            work.chroma_across.prepare(crop.left, crop.right, width, plane.halved_x, plane.width);
+            work.chroma_down.prepare(crop.top, crop.bottom, height, plane.halved_y, plane.height);
+        }
+        const Taps &across = i ? work.chroma_across : work.across, &down = i ? work.chroma_down : work.down;
+        resize<1>(work, picture, i, across, down, look.flip,
+                  [&](int y) { return plane.pixels + size_t(y - plane.top) * plane.pitch + (across.begin - plane.left); });
+    }
+    for (long g = 0; file.parts == 1 && g < picture.groups; ++g)
+        for (int c = 1; c < 3; ++c) memcpy(picture.pixels + (3 * g + c) * LANES, picture.pixels + 3 * g * LANES, LANES);
+    if (file.parts == 3) {
+        to_rgb(picture.pixels, picture.groups);
+        if (const int rows = height % LANES)  // what is outside the picture stays 0
+            for (int at = 0; at < 3 * width; ++at) memset(picture.band(height / LANES) + at * LANES + rows, 0, size_t(LANES - rows));
+    }
+    picture.finish(look, out);
+    return true;
+}
+
 // → eighths of full size at which it was decoded; -Status if it was not.
 int render_jpeg(Work& work, const uint8_t* data, size_t size, int recorded_height, int recorded_width, const Look& look, bool exact, uint8_t* out,
                 int height, int width) {
+    if (!exact && render_plain(work, data, size, recorded_height, recorded_width, look, out, height, width)) return 8;
     Jpeg jpeg;
     if (int status = jpeg.open(data, size)) return -status;
     auto& info = jpeg.info;
     const int full_width = int(info.image_width), full_height = int(info.image_height);
     if (recorded_width > 0 && !aspect_fits(full_width, full_height, recorded_width, recorded_height)) return -UNUSUAL;
     const Crop crop = crop_of(look, full_width, full_height);
-    int eighths = 8;
-    // Scales between these have no vector code in libjpeg-turbo and take longer than the full size.
-    while (!exact && eighths > 1 && (crop.right - crop.left) * long(eighths) / 16 >= width && (crop.bottom - crop.top) * long(eighths) / 16 >= height) eighths /= 2;
+    const int eighths = exact ? 8 : eighths_for(crop, height, width);
     info.scale_num = unsigned(eighths), info.scale_denom = 8;
     const double scale = eighths / 8.0;
     if (!work.across.prepare(crop.left * scale, crop.right * scale, width)) return -UNUSUAL;
     if (!work.down.prepare(crop.top * scale, crop.bottom * scale, height)) return -UNUSUAL;
 
     if (int status = jpeg.guarded([&] { jpeg_start_decompress(&info); })) return -status;
-    const int begin = int(crop.left * scale), end = std::min(int(std::ceil(crop.right * scale)), int(info.output_width));
-    const int first_row = work.down.first[0], decoded_height = int(info.output_height);
+    const Taps &across = work.across, &down = work.down;
+    const int decoded_height = int(info.output_height), end = std::min(across.end, int(info.output_width));
     JDIMENSION column = 0, columns = info.output_width;
-    if (begin > 0 || end < int(info.output_width)) {  // two more on either side: chroma is interpolated from its neighbours
-        column = JDIMENSION(std::max(begin - 2, 0));
+    if (across.begin > 0 || end < int(info.output_width)) {  // two more on either side: chroma is interpolated from its neighbours
+        column = JDIMENSION(std::max(across.begin - 2, 0));
         columns = JDIMENSION(std::min(end + 2, int(info.output_width))) - column;
         if (int status = jpeg.guarded([&] { jpeg_crop_scanline(&info, &column, &columns); })) return -status;
     }
     const size_t pitch = (size_t(columns) * 3 + 127) & ~size_t(63);
-    const int slots = work.down.taps + 32;
+    const int slots = down.taps + 32;
     uint8_t* ring = sized(work.ring, pitch * size_t(slots));
-    Resizer resizer(work, height, width, begin, end, look.flip);
+    const Picture picture(work, height, width);
 
-    const int skip = first_row > 0 ? first_row : 0;
+    int have = down.first[0], keep = have;  // rows read, and the first that is still needed
     int status = jpeg.guarded([&] {
-        if (skip > 0) jpeg_skip_scanlines(&info, JDIMENSION(skip));
-        int have = skip;
-        const Taps& down = work.down;
-        for (int y = 0; y < height; ++y) {
-            const int need = std::min(down.first[y] + down.count[y], decoded_height);
-            while (have < need) {
+        if (have > 0) jpeg_skip_scanlines(&info, JDIMENSION(have));
+        resize<3>(work, picture, 0, across, down, look.flip, [&](int y) {
+            if (y > keep + down.taps) keep = y - down.taps;
+            while (have <= y && have < decoded_height) {
                 JSAMPROW lines[16];
-                const int room = std::min({16, down.first[y] + slots - have, decoded_height - have});
+                const int room = std::min({16, keep + slots - have, decoded_height - have});
                 for (int i = 0; i < room; ++i) lines[i] = ring + size_t((have + i) % slots) * pitch;
                 const int read = int(jpeg_read_scanlines(&info, lines, JDIMENSION(room)));
                 if (read <= 0) jpeg.give_up();
                 have += read;
             }
-            resizer.line(y, [&](int at) { return ring + size_t(std::min(at, decoded_height - 1) % slots) * pitch + size_t(begin - int(column)) * 3; });
-        }
+            return ring + size_t(std::min(y, decoded_height - 1) % slots) * pitch + size_t(across.begin - int(column)) * 3;
+        });
     });
     if (status) return -status;
-    finish(resizer, look, out, height, width);
+    picture.finish(look, out);
     return eighths;
 }
 
@@ -182,9 +206,9 @@ int render_jpeg(Work& work, const uint8_t* data, size_t size, int recorded_heigh
 bool render_rows(Work& work, const uint8_t* pixels, int source_height, int source_width, const Look& look, uint8_t* out, int height, int width) {
     const Crop crop = crop_of(look, source_width, source_height);
     if (!work.across.prepare(crop.left, crop.right, width) || !work.down.prepare(crop.top, crop.bottom, height)) return false;
-    Resizer resizer(work, height, width, crop.left, crop.right, look.flip);
-    for (int y = 0; y < height; ++y) resizer.line(y, [&](int at) { return pixels + (size_t(at) * source_width + crop.left) * 3; });
-    finish(resizer, look, out, height, width);
+    const Picture picture(work, height, width);
+    resize<3>(work, picture, 0, work.across, work.down, look.flip, [&](int y) { return pixels + (size_t(y) * source_width + work.across.begin) * 3; });
+    picture.finish(look, out);
     return true;
 }
 

@@ -26,30 +26,48 @@ constexpr int ONE = 65535;     // the weights of an output pixel add up to this
 struct Taps {
     std::vector<int> first, count;
     std::vector<uint16_t> weights;
-    int taps = 0;
+    int taps = 0, begin = 0, end = 0;  // begin…end: the source pixels that have a weight
 
     // `low`, `high`: the part of the source that becomes `size` pixels. Returns false where MAX_TAPS does not do.
-    bool prepare(double low, double high, int size) {
+    // A `halved` source has every second pixel, `length` in all; those between are what libjpeg makes of them (3:1 of the
+    // nearer and the other neighbour), so that its weights are those of the full source, shared out.
+    bool prepare(double low, double high, int size, bool halved = false, int length = 0) {
         const double scale = (high - low) / size, width = std::max(scale, 1.0);
         taps = int(std::ceil(width)) * 2 + 1;
         if (taps > MAX_TAPS) return false;
+        if (halved) taps = taps / 2 + 3;
         first.resize(size), count.resize(size), weights.assign(size_t(size) * taps, 0);
-        const int begin = int(std::floor(low)), end = int(std::ceil(high));
+        const int lowest = int(std::floor(low)), highest = int(std::ceil(high));
         for (int i = 0; i < size; ++i) {
             const double centre = low + (i + 0.5) * scale;
-            int from = std::max(begin, int(std::floor(centre - width + 0.5))), to = std::min(end, int(std::floor(centre + width + 0.5)));
+            int from = std::max(lowest, int(std::floor(centre - width + 0.5))), to = std::min(highest, int(std::floor(centre + width + 0.5)));
             auto weight = [&](int at) { return std::max(0.0, 1 - std::abs((at - centre + 0.5) / width)); };
             while (from < to - 1 && weight(from) <= 0) ++from;
             while (to - 1 > from && weight(to - 1) <= 0) --to;
-            double sum = 0, done = 0;
-            for (int at = from; at < to; ++at) sum += weight(at);
+            double share[MAX_TAPS + 3] = {}, sum = 0, done = 0;
+            if (halved) {
+                const int start = std::max(from / 2 - 1, 0);
+                for (int at = from; at < to; ++at) {
+                    const int near = std::min(at / 2, length - 1), other = std::min(std::max(at % 2 ? near + 1 : near - 1, 0), length - 1);
+                    share[near - start] += 0.75 * weight(at), share[other - start] += 0.25 * weight(at);
+                }
+                to = std::min((to - 1) / 2 + 2, length), from = start;
+                while (from < to - 1 && share[from - start] <= 0) ++from;
+                while (to - 1 > from && share[to - 1 - start] <= 0) --to;
+                if (from > start) std::copy(share + (from - start), share + (to - start), share);
+            } else {
+                for (int at = from; at < to; ++at) share[at - from] = weight(at);
+            }
+            for (int k = 0; k < to - from; ++k) sum += share[k];
             first[i] = from, count[i] = to - from;
-            for (int at = from; at < to; ++at) {  // rounded so that they add up exactly
-                const long before = std::lround(done / sum * ONE);
-                done += weight(at);
-                weights[size_t(i) * taps + (at - from)] = uint16_t(std::lround(done / sum * ONE) - before);
+            for (int k = 0; k < to - from; ++k) {  // rounded so that they add up exactly
+                const int before = int(done / sum * ONE + 0.5);
+                done += share[k];
+                weights[size_t(i) * taps + k] = uint16_t(int(done / sum * ONE + 0.5) - before);
             }
         }
+        begin = *std::min_element(first.begin(), first.end()), end = 0;
+        for (int i = 0; i < size; ++i) end = std::max(end, first[i] + count[i]);
         return true;
     }
 };
@@ -79,19 +97,37 @@ CLONES inline void blend_rows(uint8_t* __restrict out, const uint8_t* const* row
     }
 }
 
-// One band: in is [source column][channel][LANES], out [column][channel][LANES].
-CLONES inline void blend_columns(uint8_t* __restrict out, const uint8_t* __restrict in, const int* first, const int* count,
-                                 const uint16_t* weights, int taps, int width, bool flip) {
-    constexpr int STEP = 3 * LANES;
+// One band: in is [source column from `begin` on][CHANNELS][LANES], out [column][3][LANES].
+template <int CHANNELS>
+[[gnu::always_inline]] inline void blend_some_columns(uint8_t* __restrict out, const uint8_t* __restrict in, const Taps& across, int begin, int width, bool flip) {
+    constexpr int STEP = CHANNELS * LANES;
     for (int x = 0; x < width; ++x) {
-        const uint8_t* source = in + size_t(first[x]) * STEP;
-        const uint16_t* weight = weights + size_t(x) * taps;
+        const uint8_t* source = in + size_t(across.first[x] - begin) * STEP;
+        const uint16_t* weight = across.weights.data() + size_t(x) * across.taps;
         uint16_t sum[STEP];
         for (int i = 0; i < STEP; ++i) sum[i] = 128;
-        for (int k = 0; k < count[x]; ++k) add_weighted<STEP>(sum, source + k * STEP, weight[k]);
-        uint8_t* target = out + size_t(flip ? width - 1 - x : x) * STEP;
+        for (int k = 0; k < across.count[x]; ++k) add_weighted<STEP>(sum, source + k * STEP, weight[k]);
+        uint8_t* target = out + size_t(flip ? width - 1 - x : x) * 3 * LANES;
         for (int i = 0; i < STEP; ++i) target[i] = uint8_t(sum[i] >> 8);
     }
+}
+CLONES inline void blend_columns_of_3(uint8_t* out, const uint8_t* in, const Taps& across, int begin, int width, bool flip) {
+    blend_some_columns<3>(out, in, across, begin, width, flip);
+}
+CLONES inline void blend_columns_of_1(uint8_t* out, const uint8_t* in, const Taps& across, int begin, int width, bool flip) {
+    blend_some_columns<1>(out, in, across, begin, width, flip);
+}
+
+// A picture of `groups` × 3 × LANES bytes from YCbCr to RGB (JFIF), in place.
+CLONES inline void to_rgb(uint8_t* __restrict picture, long groups) {
+    for (long g = 0; g < groups; ++g, picture += 3 * LANES)
+        for (int i = 0; i < LANES; ++i) {
+            const int y = (picture[i] << 16) + 32768, blue = picture[LANES + i] - 128, red = picture[2 * LANES + i] - 128;
+            const int r = (y + 91881 * red) >> 16, g = (y - 22554 * blue - 46802 * red) >> 16, b = (y + 116130 * blue) >> 16;
+            picture[i] = uint8_t(std::min(std::max(r, 0), 255));
+            picture[LANES + i] = uint8_t(std::min(std::max(g, 0), 255));
+            picture[2 * LANES + i] = uint8_t(std::min(std::max(b, 0), 255));
+        }
 }
 
 #if defined(__SSE2__)

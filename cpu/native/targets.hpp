@@ -22,7 +22,7 @@ struct Bfloat16 {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_TARGETS
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")
 #define MACHINE 512  // what the compiler knows of the target comes too late for the preprocessor
 namespace avx512 {
 constexpr int LANES = 16;
@@ -32,7 +32,7 @@ constexpr int LANES = 16;
 #undef MACHINE
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,bmi,bmi2")
 #define MACHINE 256
 namespace avx2 {
 constexpr int LANES = 8;
@@ -59,7 +59,8 @@ static inline int machine() {
         const char* wish = std::getenv("SSD_CPU_SIMD");
         const int limit = wish == nullptr ? 2 : !std::strcmp(wish, "plain") ? 0 : !std::strcmp(wish, "avx2") ? 1 : 2;
         __builtin_cpu_init();
-        if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+        for (const bool has : {__builtin_cpu_supports("avx2") != 0, __builtin_cpu_supports("fma") != 0, __builtin_cpu_supports("bmi") != 0, __builtin_cpu_supports("bmi2") != 0})
+            if (!has) return 0;
         const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512vl");
         return wide && limit > 1 ? 2 : limit > 0 ? 1 : 0;
