@@ -11,8 +11,8 @@ if [[ ${1:-} == --all ]]; then
     shift
 fi
 
-for backend in reference cpu; do
-    python3 prepare.py --name $backend --with-tests
+for file in */backend.py; do
+    [[ $file == base/* ]] || python3 prepare.py --name "${file%/*}" --with-tests
 done
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 exec "${active:-$root/.venv}/bin/python" -m pytest "${select[@]}" "$@"
