@@ -29,6 +29,14 @@ inline uint32_t draw_below(BitStream& bits, uint32_t count) {
     return uint32_t(product >> 32);
 }
 
+// What Generator.permutation draws below count, which is 2 or more: bits until they are few enough.
+inline uint32_t draw_place(BitStream& bits, uint32_t count) {
+    uint32_t mask = 1;
+    while (mask < count - 1) mask = mask << 1 | 1;
+    for (;;)
+        if (const uint32_t number = bits.next_uint32(bits.state) & mask; number < count) return number;
+}
+
 // Generator.uniform(low, high)
 inline double draw_uniform(BitStream& bits, double low, double high) {
     const double range = high - low;
@@ -118,7 +126,7 @@ inline void draw_sample(BitStream& bits, const Rules& rules, const std::vector<B
     sample.kept.swap(thick);
     for (int change = 0; change < 4; ++change) sample.amounts[change] = draw_uniform(bits, rules.low[change], rules.high[change]);
     for (int i = 0; i < 4; ++i) sample.order[i] = i;
-    for (uint32_t i = 3; i > 0; --i) std::swap(sample.order[i], sample.order[draw_below(bits, i + 1)]);  // Generator.permutation(4)
+    for (uint32_t i = 3; i > 0; --i) std::swap(sample.order[i], sample.order[draw_place(bits, i + 1)]);  // Generator.permutation(4)
 }
 
 }  // namespace images

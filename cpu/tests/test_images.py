@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from tests.conftest import ROOT
+from tests.test_augment import ltrb
 
 pytest.importorskip("base.backends.cpu._images", reason="the native parts are not built: python3 prepare.py --name cpu", exc_type=ImportError)
 from base.backends.cpu import _images
-from base.backends.cpu.loader import render
+from base.backends.cpu.loader import RULES, render
 from base.backends.reference import augment as reference
 from base.backends.reference.images import BadImage, read_rgb
 
@@ -277,3 +280,40 @@ def test_every_instruction_set_gives_the_same_pictures(kind, tmp_path):
     for other in found[1:]:
         wrong = np.abs(other - found[0])
         assert wrong.max() <= (1 if kind == "grey" else 2) and (wrong > 0).mean() < 1e-4, (wrong.max(), (wrong > 0).mean())
+
+
+# Draws
+
+boxes_of_an_image = st.lists(ltrb(), max_size=8)
+
+
+@settings(deadline=None, max_examples=300)
+@given(boxes_of_an_image, st.integers(0, 2**32), st.sampled_from([1, 1, 3, 50]))
+def test_draws_are_the_references_number_for_number(boxes, seed, tries):
+    boxes = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    boxes = boxes[(boxes[:, :2] < boxes[:, 2:]).all(1)]
+    rngs = [np.random.default_rng(seed) for _ in range(3)]
+    drawn = _images.draw(rngs[0], boxes, tries, RULES)
+    assert (drawn.boxes.dtype, drawn.boxes.shape) == (np.float32, (len(drawn.kept), 4))
+    _, want, kept = reference.augment(Image.new("RGB", (9, 7)), boxes.astype(float), np.arange(len(boxes)), (6, 5), rngs[1], tries)
+    np.testing.assert_array_equal(drawn.boxes, want)
+    assert drawn.kept.tolist() == kept.tolist()
+    crop, _ = reference.random_crop(boxes.astype(float), rngs[2], tries)
+    assert drawn.crop == crop.tolist() and drawn.flip == (rngs[2].random() < reference.FLIP_PROBABILITY)
+    jitter = reference.BRIGHTNESS, reference.CONTRAST, reference.SATURATION
+    assert drawn.amounts == [*(rngs[2].uniform(1 - most, 1 + most) for most in jitter), rngs[2].uniform(-reference.HUE, reference.HUE)]
+    assert drawn.order == rngs[2].permutation(4).tolist()
+    assert len({str(rng.bit_generator.state) for rng in rngs}) == 1  # as many numbers were taken
+
+
+def test_a_whole_sample_looks_like_the_references():
+    """Draws, pixels and changes of colour together; contrast and saturation widen what is off by up to a half each."""
+    boxes = np.array([[0.2, 0.1, 0.6, 0.7], [0.5, 0.5, 0.9, 0.9]], np.float32)
+    for seed in range(60):
+        data = encoded(list(KINDS)[seed % 4], photo(seed, 150 + seed, 190 - seed), quality=85)
+        drawn = _images.draw(np.random.default_rng(seed), boxes, 1, RULES)
+        batch = np.zeros((1, 120, 110, 3), np.uint8)
+        assert _images.render_bytes(data, batch, 0, drawn) == 8
+        with Image.open(io.BytesIO(data)) as image:
+            want, *_ = reference.augment(image.convert("RGB"), boxes.astype(float), np.array([1, 2]), (120, 110), np.random.default_rng(seed), 1)
+        assert_close(batch[0], np.asarray(want), 1.3, 9, seed)
