@@ -119,6 +119,17 @@ int eighths_for(const Crop& crop, int height, int width) {
     return eighths;
 }
 
+// How many times less finely the colours would be decoded than the rest: libjpeg makes up only for what is stored less finely both ways.
+int lopsided(const jpeg_decompress_struct& info) {
+    int most = 1;
+    for (int i = 0; i < info.num_components; ++i) {
+        const auto& one = info.comp_info[i];
+        const int across = info.max_h_samp_factor / one.h_samp_factor, down = info.max_v_samp_factor / one.v_samp_factor;
+        most = std::max(most, std::max(across, down) / std::min(across, down));
+    }
+    return most;
+}
+
 // By baseline.hpp → false if the file is not for it, or is too large to be decoded into planes, or at full size.
 bool render_plain(Work& work, const uint8_t* data, size_t size, int recorded_height, int recorded_width, const Look& look, uint8_t* out, int height,
                   int width) {
@@ -161,7 +172,7 @@ int render_jpeg(Work& work, const uint8_t* data, size_t size, int recorded_heigh
     const int full_width = int(info.image_width), full_height = int(info.image_height);
     if (recorded_width > 0 && !aspect_fits(full_width, full_height, recorded_width, recorded_height)) return -UNUSUAL;
     const Crop crop = crop_of(look, full_width, full_height);
-    const int eighths = exact ? 8 : eighths_for(crop, height, width);
+    const int eighths = exact ? 8 : std::min(eighths_for(crop, height, width) * lopsided(info), 8);
     info.scale_num = unsigned(eighths), info.scale_denom = 8;
     const double scale = eighths / 8.0;
     if (!work.across.prepare(crop.left * scale, crop.right * scale, width)) return -UNUSUAL;

@@ -248,6 +248,20 @@ def test_a_picture_too_long_for_the_resizer_is_resized_by_pil(tmp_path):
     assert_close(batch[0], by_pil(data, (40, 50), crop, True), 0.01, 1)
 
 
+# Large pictures for small samples
+
+
+@pytest.mark.parametrize("across, down", [(1, 1), (2, 2), (2, 1), (1, 2), (4, 1), (4, 2)])
+def test_colours_keep_the_resolution_of_the_sample_when_a_part_of_it_is_decoded(across, down):
+    """libjpeg's smaller decoding shrinks with the rest what is stored less finely in one direction only."""
+    image = photo(8, 280, 210).resize((840, 630), Image.Resampling.BICUBIC)
+    data = scan_by_scan(image, across, down, quality=85)
+    for size, eighths in [((150, 200), 2), ((78, 104), 1), ((60, 90), 1)]:
+        status, got = native(data, size)
+        assert status == eighths * max(across, down) // min(across, down)
+        assert_close(got, by_pil(data, size), 1.2, 11, (status, size))
+
+
 # Instruction sets
 
 RESIZE_ALL = """
