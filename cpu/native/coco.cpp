@@ -332,7 +332,7 @@ void compute(const Truth& truth, const std::vector<Part>& parts, const double* t
 py::tuple figures(const Array<int64_t>& first, const Array<double>& boxes, const Array<int64_t>& labels, const Array<bool>& crowd,
                   const Array<double>& areas, long categories, const py::list& detections, const Array<double>& iou_thresholds,
                   const Array<double>& recall_thresholds, int threads) {
-    require(first.size() >= 1 && categories >= 0, "the ground truth needs first (I+1) and a count of categories");
+    require(first.size() >= 1 && categories >= 0 && categories < 1l << 31, "the ground truth needs first (I+1) and a count of categories");
     require(boxes.size() == 4 * labels.size() && crowd.size() == labels.size() && areas.size() == labels.size(),
             "boxes (B, 4), crowd (B) and areas (B) must fit the B labels");
     require(iou_thresholds.size() == THRESHOLDS, "there must be 10 IoU thresholds");

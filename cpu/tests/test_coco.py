@@ -234,8 +234,8 @@ def test_no_size_or_label_of_native_arguments_is_trusted():
     assert call(threads=-3)[1].shape == (6, 10, 1)
     huge = 2**62
     wrong = [{"first": (0, 2)}, {"first": (1, 1)}, {"labels": (0,)}, {"labels": (2,)}, {"labels": (huge,)}, {"crowd": ()}, {"categories": 0}]
-    wrong += [{"categories": -1}, {"thresholds": IOU_THRESHOLDS[1:]}, {"images": [1]}, {"images": [-1]}, {"images": [huge]}, {"images": [0, 0]}]
-    wrong += [{"sizes": np.ones(1)}, {"boxes": np.ones(3)}, {"scores": np.ones(2)}]
+    wrong += [{"categories": huge}, {"categories": -1}, {"thresholds": IOU_THRESHOLDS[1:]}, {"images": [1]}, {"images": [-1]}, {"images": [huge]}]
+    wrong += [{"images": [0, 0]}, {"sizes": np.ones(1)}, {"boxes": np.ones(3)}, {"scores": np.ones(2)}]
     for arguments in wrong:
         with pytest.raises(ValueError, match="coco figures"):
             call(**arguments)
