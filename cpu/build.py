@@ -1,7 +1,7 @@
 """Builds the native parts of the CPU backend: ``native/<name>.cpp`` becomes the module ``_<name>`` beside this file.
 
 ``python cpu/build.py`` builds what is not current; ``--check`` only says (exit code 1) whether something is not;
-``--sanitize`` builds with AddressSanitizer and UndefinedBehaviorSanitizer into ``native/sanitized/``.
+``--sanitize`` builds with AddressSanitizer and UndefinedBehaviorSanitizer into ``native/sanitized/``, for `tests/test_fuzz.py`.
 """
 
 import hashlib
@@ -10,14 +10,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-STAMP = HERE / "_built.json"
+SANITIZED = HERE / "native" / "sanitized"
+STAMP = "_built.json"  # beside the modules
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
-SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZE += ["-fno-sanitize=null,vptr,object-size"]  # which take most of the compiler's time, and see nothing here that the others miss
 LIBRARIES = {"images": ["-ljpeg"]}  # module → what it is linked with
 INSTALL = "apt-get install -y g++ libjpeg62-turbo-dev (Debian; Ubuntu: g++ libjpeg-turbo8-dev; Fedora: gcc-c++ libjpeg-turbo-devel)"
 
@@ -27,9 +30,9 @@ def sources() -> dict[str, Path]:
     return {path.stem: path for path in sorted((HERE / "native").glob("*.cpp"))}
 
 
-def fingerprint() -> str:
+def fingerprint(flags: Sequence[str]) -> str:
     """What decides the result: sources, headers, flags, this Python."""
-    digest = hashlib.sha256(repr((FLAGS, LIBRARIES, sys.version)).encode())
+    digest = hashlib.sha256(repr((FLAGS, list(flags), LIBRARIES, sys.version)).encode())
     for path in sorted((HERE / "native").glob("*.[ch]pp")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -39,9 +42,10 @@ def target(name: str, folder: Path) -> Path:
     return folder / f"_{name}{EXTENSION_SUFFIXES[0]}"
 
 
-def current() -> bool:
+def current(folder: Path = HERE, flags: Sequence[str] = ()) -> bool:
     """Whether everything is built from these sources."""
-    return STAMP.exists() and json.loads(STAMP.read_text()) == fingerprint() and all(target(name, HERE).exists() for name in sources())
+    stamp = folder / STAMP
+    return stamp.exists() and json.loads(stamp.read_text()) == fingerprint(flags) and all(target(name, folder).exists() for name in sources())
 
 
 def missing() -> str:
@@ -72,18 +76,20 @@ def compile_one(name: str, folder: Path, flags: list[str]) -> str:
 def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         return 0 if current() else 1
+    folder, flags = (SANITIZED, SANITIZE) if arguments == ["--sanitize"] else (HERE, [])
+    if current(folder, flags):
+        print(f"{', '.join(sources())}: current")
+        return 0
     if problem := missing():
         print(problem, file=sys.stderr)
         return 1
-    sanitize = arguments == ["--sanitize"]
-    folder = HERE / "native" / "sanitized" if sanitize else HERE
     folder.mkdir(exist_ok=True)
     with ThreadPoolExecutor() as pool:
-        problems = [problem for problem in pool.map(lambda name: compile_one(name, folder, SANITIZE if sanitize else []), sources()) if problem]
+        problems = [problem for problem in pool.map(lambda name: compile_one(name, folder, flags), sources()) if problem]
     for problem in problems:
         print(problem, file=sys.stderr)
-    if not problems and not sanitize:
-        STAMP.write_text(json.dumps(fingerprint()))
+    if not problems:
+        (folder / STAMP).write_text(json.dumps(fingerprint(flags)))
         print(f"built {', '.join(sources())}")
     return 1 if problems else 0
 
