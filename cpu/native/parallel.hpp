@@ -14,7 +14,8 @@
 #define CLONES
 #endif
 
-// Calls body(i) for every i in [0, count) on up to `threads` threads; the first exception is thrown again here.
+// Calls body(i) for every i in [0, count) on up to `threads` threads, fewer if the system has none left; the first exception is
+// thrown again here.
 template <class Body>
 void parallel_for(long count, int threads, Body&& body) {
     std::atomic<long> next{0};
@@ -29,7 +30,10 @@ void parallel_for(long count, int threads, Body&& body) {
     };
     std::vector<std::thread> others;
     const long extra = std::min<long>(threads, count) - 1;
-    for (long t = 0; t < extra; ++t) others.emplace_back(work);
+    try {
+        for (long t = 0; t < extra; ++t) others.emplace_back(work);
+    } catch (...) {  // those that run must be waited for
+    }
     work();
     for (auto& thread : others) thread.join();
     if (failure) std::rethrow_exception(failure);

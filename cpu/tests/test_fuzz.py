@@ -50,6 +50,26 @@ def test_damaged_and_absurd_input_for_longer():
     check(last_line(run([*FUZZ, "--seed", "1", "--count", "8000", "--rounds", "4"], 500)))
 
 
+def test_threads_that_the_system_refuses_are_done_without():
+    script = """
+import resource, sys
+from base.backends.cpu.tests import native
+from base.backends.cpu import _coco
+import numpy as np
+images = 3000
+truth = np.arange(images + 1), np.ones((images, 4)), np.ones(images, np.int64), np.zeros(images, bool), np.ones(images), 1
+part = np.arange(images), np.ones((images, 2)), np.arange(images + 1), np.ones((images, 4)), np.ones(images, np.int64), np.ones(images)
+arguments = *truth, [part], np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
+want = _coco.figures(*arguments, 1)
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (40 << 20),) * 2)  # no room for 90 stacks of 8 MB
+for got, expected in zip(_coco.figures(*arguments, 90), want):
+    assert (got == expected).all()
+print("done")
+"""
+    assert "done" in run([sys.executable, "-c", script], 60)
+
+
 BOXES = {
     "not numbers": [[np.nan] * 4] * 3,
     "infinite": [[-np.inf, -np.inf, np.inf, np.inf]],
