@@ -1,6 +1,6 @@
 """Builds the native parts of the CPU backend: ``native/<name>.cpp`` becomes the module ``_<name>`` beside this file.
 
-``python cpu/build.py`` builds what is not current; ``--check`` only says (exit code 1) whether something is not;
+``python cpu/build.py`` builds; ``--check`` only looks: exit code 0 if all is current, 1 if not, 2 if it cannot be built here;
 ``--sanitize`` builds with AddressSanitizer and UndefinedBehaviorSanitizer into ``native/sanitized/``.
 """
 
@@ -70,10 +70,12 @@ def compile_one(name: str, folder: Path, flags: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments == ["--check"]:
-        return 0 if current() else 1
+    if arguments == ["--check"] and current():
+        return 0
     if problem := missing():
         print(problem, file=sys.stderr)
+        return 2
+    if arguments == ["--check"]:
         return 1
     sanitize = arguments == ["--sanitize"]
     folder = HERE / "native" / "sanitized" if sanitize else HERE
