@@ -34,10 +34,10 @@ class NativeSamples(reference.Samples):
 
     def batch(self, keys: list[tuple[int, int]]) -> tuple[Batch | None, list, int]:
         """All samples of a batch → what reference's `collate` makes of them."""
-        images = torch.empty(len(keys), *self.size, 3, dtype=torch.uint8)
+        images = np.empty((len(keys), *self.size, 3), np.uint8)  # NumPy asks for huge pages
         found, bad = [], []
         for key in keys:
-            *sample, passed_over = self.find(key, images.numpy(), len(found))
+            *sample, passed_over = self.find(key, images, len(found))
             bad += passed_over
             if sample[0] is not None:
                 found.append(sample)
@@ -48,8 +48,8 @@ class NativeSamples(reference.Samples):
         padded_boxes, padded_labels = np.zeros((len(found), longest, 4), np.float32), np.zeros((len(found), longest), np.int64)
         for row, (some, kinds) in enumerate(zip(boxes, labels, strict=True)):
             padded_boxes[row, : len(some)], padded_labels[row, : len(kinds)] = some, kinds
-        rest = padded_boxes, padded_labels, np.array(ids, np.int64), np.array(sizes, np.int64)
-        return Batch(images[: len(found)], *map(torch.from_numpy, rest)), bad, len(keys) - len(found)
+        arrays = images[: len(found)], padded_boxes, padded_labels, np.array(ids, np.int64), np.array(sizes, np.int64)
+        return Batch(*map(torch.from_numpy, arrays)), bad, len(keys) - len(found)
 
     def sample(self, epoch: int, number: int, batch: np.ndarray, row: int) -> tuple:
         """Renders the sample into ``batch[row]`` → (boxes, labels, image id, size)."""

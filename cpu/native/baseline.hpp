@@ -14,7 +14,7 @@
 
 namespace images {
 
-constexpr int LOOK = 10;         // bits looked up at once; hardly any code is longer
+constexpr int LOOK = 11;         // bits looked up at once; hardly any code is longer, and often two symbols are in them
 constexpr int DUMMY = 64;        // where a coefficient beyond the last is put
 constexpr int END = 128;         // or more: the number of the coefficient after the last, where a block says that it ends
 constexpr int MOST_DC = 11, MOST_AC = 10;  // bits of a value: with codes of 16, two symbols fit into the 56 of a refill
@@ -39,12 +39,24 @@ struct Order {
 inline const Order ORDER;
 
 struct Huffman {
-    struct alignas(4) Entry {
-        uint8_t used;  // bits of the code and of the value that follows it; 0 if the code is longer than LOOK, or none
-        uint8_t bits;  // of the value
-        uint8_t step;  // to the coefficient after it
+    // What the next LOOK bits begin with: a symbol (a code, and the bits of a value) and, if it is in them as a whole, the one after it.
+    struct alignas(8) Entry {
+        uint8_t used;         // bits of both
+        uint8_t first_used;   // of the first; 0 if its code is longer than LOOK, or none
+        uint8_t first_bits;   // of its value
+        uint8_t first_step;   // to the coefficient after it
+        uint8_t second_step;  // 0 if there is none
+        uint8_t second_at;    // second_step - 1, or to a place where nothing is kept
+        int16_t second_value;
     };
     Entry entries[1 << LOOK];
+
+    // Of a value's bits, the uppermost 0 for a negative one (T.81, F.2.2.1), at the top of `next`; without a branch: how many
+    // there are is hard to foretell.
+    static int16_t value_of(uint64_t next, int bits) {
+        const int raw = int(next >> 1 >> (63 - bits)), negative = ~int(int64_t(next) >> 63);
+        return int16_t(raw + (negative & (1 - (1 << bits))));
+    }
 
     // From a DHT segment: 16 counts, then the symbols. Nothing is done if it is the same as before. False if it is impossible.
     bool build(const uint8_t* given, int symbols, bool of_dc) {
@@ -66,10 +78,11 @@ struct Huffman {
         }
         size = 16 + symbols;
         memcpy(spec, given, size_t(size));
+        if (!dc) pair();
         return true;
     }
 
-    // The entry of a code longer than LOOK bits at the top of `next`; `used` is 0 if there is none.
+    // The entry of a code longer than LOOK bits at the top of `next`; `first_used` is 0 if there is none.
     Entry long_entry(uint64_t next) const {
         const uint32_t top = uint32_t(next >> 48);
         int length = LOOK + 1;
@@ -86,7 +99,20 @@ private:
     Entry entry_of(int symbol, int length) const {
         const int bits = symbol & 15, run = dc ? 0 : symbol >> 4;
         const bool ends = !dc && bits == 0 && run != 15;
-        return {uint8_t(length + bits), uint8_t(bits), uint8_t(ends ? END - 1 : run + 1)};
+        const auto used = uint8_t(length + bits);
+        return {used, used, uint8_t(bits), uint8_t(ends ? END - 1 : run + 1), 0, END - 1, 0};
+    }
+    void pair() {
+        for (uint32_t i = 0; i < 1u << LOOK; ++i) {
+            Entry& entry = entries[i];
+            if (entry.first_used == 0 || entry.first_used >= LOOK || entry.first_step == END - 1) continue;
+            const uint32_t rest = (i << entry.first_used) & ((1u << LOOK) - 1);
+            const Entry& second = entries[rest];
+            if (second.first_used == 0 || entry.first_used + second.first_used > LOOK) continue;
+            entry.used = uint8_t(entry.first_used + second.first_used);
+            entry.second_step = second.first_step, entry.second_at = uint8_t(second.first_step - 1);
+            entry.second_value = value_of(uint64_t(rest) << (64 - LOOK + second.first_used - second.first_bits), second.first_bits);
+        }
     }
 };
 
