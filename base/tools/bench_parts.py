@@ -30,7 +30,7 @@ from base.tools.photographs import make
 
 CLASSES, SIZE, STRIDES = 81, (300, 300), (1, 1, 2, 2, 2, 1)
 STEP_GFLOP = 94.75  # SSD300-R34, 81 classes, forward and backward of one image, a multiply-add counts 2
-WORKERS, PHOTOGRAPHS = 2, 256
+WORKERS, PHOTOGRAPHS, TIMES = 2, 256, 4
 Cases = dict[str, Callable[[], object]]
 
 
@@ -106,13 +106,13 @@ def children() -> set[int]:
 
 
 def loader(log, names: list[str]) -> list[Figure]:
-    """Training batches of 32 at 300×300 from 256 photographs, 2 workers, one epoch each; start-up and first epochs not counted.
+    """Training batches of 32 at 300×300 from 256 photographs, 2 workers, an epoch of 1,024 samples each; start-up and first epochs not counted.
     Beside them the decoding alone of the whole pictures on as many threads. Before that, each loader makes 10,000 samples: the
     memory of a worker is the resident memory of the largest process, or what threads add to this one, each; its growth is that
     from 2,000 samples on."""
     with tempfile.TemporaryDirectory(prefix="ssd-bench-") as folder:
         log(f"making {PHOTOGRAPHS} photographs")
-        annotations = make(Path(folder), PHOTOGRAPHS)
+        annotations = make(Path(folder), PHOTOGRAPHS, times=TIMES)
         images = Path(folder, "images")
         given = {"annotation_file": annotations, "image_dir": images, "image_size": SIZE, "batch_size": 32, "workers": WORKERS, "seed": 1}
         epochs, loaders, figures = itertools.count(), {}, []
@@ -127,14 +127,14 @@ def loader(log, names: list[str]) -> list[Figure]:
             before, older, sizes = memory("self", "VmRSS"), children(), []
             loaders[name] = load_backend(name).train_loader(**given)
             for most in (2_000, 10_000):
-                for _ in range(len(sizes) * 2_000, most, PHOTOGRAPHS):
+                for _ in range(len(sizes) * 2_000, most, PHOTOGRAPHS * TIMES):
                     epoch(name)
                 mine = children() - older
                 sizes.append(max(memory(pid, "VmRSS") for pid in mine) if mine else (memory("self", "VmRSS") - before) / WORKERS)
             for what, size in (("memory a worker", sizes[1]), ("its growth", sizes[1] - sizes[0])):
                 figures.append(Figure(f"{name}, {what}", size, "MB", bound("AT_MOST", name, "loader", what)))
 
-        files = [path.read_bytes() for path in sorted(images.iterdir())]
+        files = [path.read_bytes() for path in sorted(images.iterdir())] * TIMES
         index = AnnotationIndex.open(annotations)
         work = SimpleNamespace(index=index, folder=images, annotations=annotations, files=files, default_boxes=_default_boxes())
 
@@ -143,7 +143,7 @@ def loader(log, names: list[str]) -> list[Figure]:
                 list(pool.map(lambda data: np.asarray(Image.open(io.BytesIO(data))), files))
 
         own: Cases = {name: lambda name=name: epoch(name) for name in names}
-        return figures + compared("loader", "", own, work, PHOTOGRAPHS, "images/s", 7, {"decoding alone, PIL": whole})
+        return figures + compared("loader", "", own, work, PHOTOGRAPHS * TIMES, "images/s", 7, {"decoding alone, PIL": whole})
 
 
 def _truth(images: int, boxes: int) -> tuple[torch.Tensor, torch.Tensor]:
