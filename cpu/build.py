@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STAMP = HERE / "_built.json"
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
+FLAGS = ["-std=c++17", "-O3", "-fno-trapping-math", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 LIBRARIES = {"images": ["-ljpeg"]}  # module → what it is linked with
 INSTALL = "apt-get install -y g++ libjpeg62-turbo-dev (Debian; Ubuntu: g++ libjpeg-turbo8-dev; Fedora: gcc-c++ libjpeg-turbo-devel)"

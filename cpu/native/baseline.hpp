@@ -38,25 +38,23 @@ struct Order {
 };
 inline const Order ORDER;
 
+// The value that so many bits mean (T.81, F.2.2.1): the smaller half of their numbers are those below 0.
+constexpr int HALF[MOST_DC + 1] = {0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024};
+constexpr int BELOW[MOST_DC + 1] = {0, -1, -3, -7, -15, -31, -63, -127, -255, -511, -1023, -2047};
+inline int value_of(int raw, int bits) { return raw + ((raw - HALF[bits]) >> 31 & BELOW[bits]); }  // no branch: signs cannot be foretold
+
 struct Huffman {
     // What the next LOOK bits begin with: a symbol (a code, and the bits of a value) and, if it is in them as a whole, the one after it.
     struct alignas(8) Entry {
         uint8_t used;         // bits of both
         uint8_t first_used;   // of the first; 0 if its code is longer than LOOK, or none
-        uint8_t first_bits;   // of its value
+        uint8_t first_start;  // 64 - first_used: where its value's bits begin in the next 64, from the bottom
+        uint8_t first_bits;   // of its value; with first_start what the instruction BEXTR takes
         uint8_t first_step;   // to the coefficient after it
         uint8_t second_step;  // 0 if there is none
-        uint8_t second_at;    // second_step - 1, or to a place where nothing is kept
         int16_t second_value;
     };
     Entry entries[1 << LOOK];
-
-    // Of a value's bits, the uppermost 0 for a negative one (T.81, F.2.2.1), at the top of `next`; without a branch: how many
-    // there are is hard to foretell.
-    static int16_t value_of(uint64_t next, int bits) {
-        const int raw = int(next >> 1 >> (63 - bits)), negative = ~int(int64_t(next) >> 63);
-        return int16_t(raw + (negative & (1 - (1 << bits))));
-    }
 
     // From a DHT segment: 16 counts, then the symbols. Nothing is done if it is the same as before. False if it is impossible.
     bool build(const uint8_t* given, int symbols, bool of_dc) {
@@ -100,18 +98,18 @@ private:
         const int bits = symbol & 15, run = dc ? 0 : symbol >> 4;
         const bool ends = !dc && bits == 0 && run != 15;
         const auto used = uint8_t(length + bits);
-        return {used, used, uint8_t(bits), uint8_t(ends ? END - 1 : run + 1), 0, END - 1, 0};
+        return {used, used, uint8_t(64 - used), uint8_t(bits), uint8_t(ends ? END - 1 : run + 1), 0, 0};
     }
     void pair() {
         for (uint32_t i = 0; i < 1u << LOOK; ++i) {
             Entry& entry = entries[i];
             if (entry.first_used == 0 || entry.first_used >= LOOK || entry.first_step == END - 1) continue;
-            const uint32_t rest = (i << entry.first_used) & ((1u << LOOK) - 1);
-            const Entry& second = entries[rest];
-            if (second.first_used == 0 || entry.first_used + second.first_used > LOOK) continue;
-            entry.used = uint8_t(entry.first_used + second.first_used);
-            entry.second_step = second.first_step, entry.second_at = uint8_t(second.first_step - 1);
-            entry.second_value = value_of(uint64_t(rest) << (64 - LOOK + second.first_used - second.first_bits), second.first_bits);
+            const Entry& second = entries[(i << entry.first_used) & ((1u << LOOK) - 1)];
+            const int left = LOOK - entry.first_used - second.first_used;
+            if (second.first_used == 0 || left < 0) continue;
+            entry.used = uint8_t(LOOK - left);
+            entry.second_step = second.first_step;
+            entry.second_value = int16_t(value_of((i >> left) & ((1u << second.first_bits) - 1), second.first_bits));
         }
     }
 };

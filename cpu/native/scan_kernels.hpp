@@ -28,8 +28,15 @@ INLINE images::Huffman::Entry look_up(const ScanBits& bits, const images::Huffma
     const images::Huffman::Entry entry = table.entries[bits.next >> (64 - LOOK)];
     return __builtin_expect(entry.first_used == 0, 0) ? table.long_entry(bits.next) : entry;
 }
-INLINE int16_t first_value(const ScanBits& bits, const images::Huffman::Entry& entry) {
-    return images::Huffman::value_of(bits.next << (entry.first_used - entry.first_bits), entry.first_bits);
+INLINE int first_value(const ScanBits& bits, const images::Huffman::Entry& entry) {
+#if MACHINE >= 256
+    uint16_t start_and_bits;
+    std::memcpy(&start_and_bits, &entry.first_start, sizeof start_and_bits);
+    const int raw = int(__builtin_ia32_bextr_u64(bits.next, start_and_bits));
+#else
+    const int raw = int(bits.next >> 1 >> (entry.first_start - 1)) & ((1 << entry.first_bits) - 1);
+#endif
+    return images::value_of(raw, entry.first_bits);
 }
 
 // The next block; with KEEP its coefficients, into zeros → the number after its last one, or 0 if it cannot be a block.
@@ -46,13 +53,15 @@ INLINE int block(ScanBits& given, const images::Part& from, int& last, int16_t* 
     auto another = [&]() __attribute__((always_inline)) {
         const images::Huffman::Entry entry = look_up(bits, *from.ac);
         position += entry.first_step;
-        if (KEEP) coefficients[images::ORDER.place[position - 1]] = first_value(bits, entry);
+        const int value = KEEP ? first_value(bits, entry) : 0;
+        // The second before the first: where there is none, they have one place.
+        if (KEEP) coefficients[images::ORDER.place[position - 1 + entry.second_step]] = entry.second_value;
+        if (KEEP) coefficients[images::ORDER.place[position - 1]] = int16_t(value);
         if (position >= 64 || entry.first_used == 0) {  // what may follow belongs to the next block
             bits.skip(entry.first_used);
             position = entry.first_used ? position : END - 1;
             return false;
         }
-        if (KEEP) coefficients[images::ORDER.place[position + entry.second_at]] = entry.second_value;
         position += entry.second_step;
         bits.skip(entry.used);
         return position < 64;
