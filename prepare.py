@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base.backends import backend_folder
+from base.backends import DEFAULT_BACKEND, backend_folder
 from base.errors import UserError
 from base.tools.download import ANNOTATIONS, GB, Transfer, fetch_dataset, locked
 
@@ -144,8 +144,13 @@ def install(environment: Environment, backend: Path, extras: list[str], state: d
 
 
 def built(environment: Environment, backend: Path) -> bool:
-    check = [environment.python, backend / "build.py", "--check"]
-    return not (backend / "build.py").exists() or not subprocess.run(check, cwd=ROOT, capture_output=True).returncode
+    """Whether the extensions are current. Raises UserError if the build says, by exit code 2, that this machine lacks something."""
+    if not (backend / "build.py").exists():
+        return True
+    done = subprocess.run([environment.python, backend / "build.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 2 and done.stderr:
+        raise UserError(done.stderr.strip())
+    return done.returncode == 0
 
 
 def room_faults(place: Path, needed: float) -> list[str]:
@@ -172,8 +177,11 @@ def check(options: argparse.Namespace, backend: Path, extras: list[str]) -> int:
         state = ask(environment, "inspect", str(backend), extras)
         faults += [(fault, again) for fault in state["faults"]]
         faults += [(fault, again) for fault in ask(environment, "check_imports", options.name, state["missing"])]
-        if not built(environment, backend):
-            faults.append((f"the extensions of {options.name} are not built, or not from these sources", again))
+        try:
+            if not built(environment, backend):
+                faults.append((f"the extensions of {options.name} are not built, or not from these sources", again))
+        except UserError as error:
+            faults.append((str(error), again))
         room = INSTALL_BYTES if "torch" in state["missing"] else room
     if options.data_dir:
         get = f"python3 prepare.py --name {options.name} --data_dir {shlex.quote(str(options.data_dir))}"
@@ -187,10 +195,11 @@ def check(options: argparse.Namespace, backend: Path, extras: list[str]) -> int:
 
 def compare(options: argparse.Namespace, environment: Environment, backend: Path, extras: list[str]) -> tuple[bool, dict[str, Any], Path]:
     """Whether the last run's stamp still describes the environment; the state of it; the stamp's path."""
+    extensions = built(environment, backend)  # first: what cannot be built here is told before anything is installed
     state = ask(environment, "inspect", str(backend), extras)
     stamp = environment.prefix / ".ssd-zoo" / f"{'+'.join([options.name, *extras])}.json"
     same = stamp.exists() and json.loads(stamp.read_text()) == [state["inputs"], state["packages"]]
-    return same and not state["faults"] and built(environment, backend), state, stamp
+    return same and not state["faults"] and extensions, state, stamp
 
 
 def step(number: int, text: str, started: float) -> float:
@@ -249,7 +258,7 @@ def prepare_data(options: argparse.Namespace, environment: Environment) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--name", default="reference", metavar="BACKEND", help="the backend to prepare (default: reference)")
+    parser.add_argument("--name", default=DEFAULT_BACKEND, metavar="BACKEND", help="the backend to prepare (default: %(default)s)")
     parser.add_argument("--data_dir", "--data-dir", type=Path, metavar="DIR", help="data set: train2017/, val2017/, annotations/")
     parser.add_argument("--python", metavar="EXE", help="install there instead of the active environment or .venv")
     parser.add_argument("--check", action="store_true", help="only look: name every fault and its fix")

@@ -4,7 +4,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-name=reference
+name=
 arguments=("$@")
 for ((i = 0; i < $#; i++)); do
     case ${arguments[i]} in
@@ -20,8 +20,8 @@ if [[ -z $python ]]; then
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 if ! "$python" -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("torch", "torchvision", "pydantic", "yaml", "rich", "pycocotools", "mlperf_logging")))' 2>/dev/null; then
-    echo "setting up first: python3 prepare.py --name $name"
-    python3 "$root/prepare.py" --name "$name" ${SSD_PYTHON:+--python "$SSD_PYTHON"}
+    echo "setting up first: python3 prepare.py${name:+ --name $name}"
+    python3 "$root/prepare.py" ${name:+--name "$name"} ${SSD_PYTHON:+--python "$SSD_PYTHON"}
 fi
 export PYTHONSAFEPATH=1 # a folder called base where this is called from is not the project
 exec "$python" -m base train "$@"

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from base.backends import backend_folder, list_backends
 from base.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -256,6 +257,8 @@ def _find(folder: Path, name: str, below: Path | None = None) -> Path:
     known = [other for other in list_configs(folder) if below is None or other != below.stem]
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.4)
     hint = f"; did you mean {' or '.join(close)}?" if close else ";"
+    if below is None and (others := [n for n in list_backends() if (backend_folder(n) / "config" / f"{name}.yaml").is_file()]):
+        hint = f"; add --name {' or --name '.join(others)}, or choose another;"
     raise UserError(
         f"{f'{below}: extends the unknown' if below else f'backend {folder.name} has no'} configuration {name!r}{hint} there are: {', '.join(known)}"
     )

@@ -18,14 +18,14 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from base.backends import backend_folder, list_backends
+from base.backends import DEFAULT_BACKEND, backend_folder, list_backends
 from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate
 from base.errors import UserError
 from base.index import AnnotationIndex
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_DATA = ROOT / "data" / "demo"
-DEFAULT_BACKEND, DEFAULT_CONFIG = "reference", "demo"
+DEFAULT_CONFIG = "demo"
 ALIASES = {"nproc": "devices", "nproc_per_node": "devices", "nnodes": "nodes", "pretrained_backbone": "backbone_path"}
 # What may change when a run is resumed: nothing that alters the training so far.
 RESUMABLE = {"workers", "epochs", "max_steps", "target", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "timeout", "device"}

@@ -33,34 +33,57 @@ class NativeSamples(reference.Samples):
     """The reference's samples, written into a batch."""
 
     def batch(self, keys: list[tuple[int, int]]) -> tuple[Batch | None, list, int]:
-        """All samples of a batch → what reference's `collate` makes of them."""
-        images = torch.empty(len(keys), *self.size, 3, dtype=torch.uint8)
-        found, bad = [], []
-        for key in keys:
-            *sample, passed_over = self.find(key, images.numpy(), len(found))
-            bad += passed_over
-            if sample[0] is not None:
-                found.append(sample)
+        """All samples of a batch → what reference's `collate` makes of them. The GIL is free while native code has the files."""
+        images = np.empty((len(keys), *self.size, 3), np.uint8)  # NumPy asks for huge pages
+        samples = [self.draw(epoch, self.pool[position]) for epoch, position in keys]
+        paths, sizes = [as_bytes(path) for path, *_ in samples], [size for *_, size in samples]
+        done = _images.render_files(paths, images, [drawn for _, drawn, *_ in samples], sizes)
+        found, rows, bad = [], [], []
+        for row, (key, sample) in enumerate(zip(keys, samples, strict=True)):
+            if done[row] > 0:
+                _, _, *rest = sample
+            else:  # not for native code, or bad
+                *rest, passed_over = self.find(key, images, row)
+                bad += passed_over
+                if rest[0] is None:
+                    continue
+            found.append(rest)
+            rows.append(row)
         if not found:
             return None, bad, len(keys)
+        if len(rows) < len(keys):
+            images = images[rows]
         boxes, labels, ids, sizes = zip(*found, strict=True)
         longest = max(1, *map(len, labels))
         padded_boxes, padded_labels = np.zeros((len(found), longest, 4), np.float32), np.zeros((len(found), longest), np.int64)
         for row, (some, kinds) in enumerate(zip(boxes, labels, strict=True)):
             padded_boxes[row, : len(some)], padded_labels[row, : len(kinds)] = some, kinds
-        rest = padded_boxes, padded_labels, np.array(ids, np.int64), np.array(sizes, np.int64)
-        return Batch(images[: len(found)], *map(torch.from_numpy, rest)), bad, len(keys) - len(found)
+        arrays = images, padded_boxes, padded_labels, np.array(ids, np.int64), np.array(sizes, np.int64)
+        return Batch(*map(torch.from_numpy, arrays)), bad, len(keys) - len(found)
 
-    def sample(self, epoch: int, number: int, batch: np.ndarray, row: int) -> tuple:
-        """Renders the sample into ``batch[row]`` → (boxes, labels, image id, size)."""
-        image_id, size = int(self.index.image_ids[number]), self.index.sizes[number]
+    def draw(self, epoch: int, number: int) -> tuple:
+        """→ (path, what was drawn, boxes, labels, image id, recorded (height, width)) of a sample; nothing is drawn for evaluation."""
+        image_id, size = int(self.index.image_ids[number]), tuple(self.index.sizes[number].tolist())
         boxes, labels = self.index.ltrb(number)
         drawn = None
         if epoch >= 0:
             drawn = _images.draw(sample_rng(self.seed, epoch, image_id), boxes, self.max_samples, RULES)
             boxes, labels = drawn.boxes, labels[drawn.kept]
-        render(self.image_dir / self.index.file_name(number), batch, row, drawn, tuple(size.tolist()))
-        return boxes, labels, image_id, size
+        return self.image_dir / self.index.file_name(number), drawn, boxes, labels, image_id, size
+
+    def sample(self, epoch: int, number: int, batch: np.ndarray, row: int) -> tuple:
+        """Renders one sample into ``batch[row]`` → (boxes, labels, image id, size)."""
+        path, drawn, *rest, size = self.draw(epoch, number)
+        render(path, batch, row, drawn, size)
+        return *rest, size
+
+
+def as_bytes(path: Path) -> bytes:
+    """For the system; empty if no file can have this name."""
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:
+        return b""
 
 
 def render(path: Path, batch: np.ndarray, row: int, drawn, recorded: tuple[int, int]) -> None:
@@ -68,10 +91,7 @@ def render(path: Path, batch: np.ndarray, row: int, drawn, recorded: tuple[int, 
 
     Native code reads whole and plain JPEG files. All others go through the reference's reader, which also decides what is bad.
     """
-    try:
-        done = _images.render_file(os.fspath(path), batch, row, drawn, recorded, exact=drawn is None)
-    except (ValueError, UnicodeEncodeError):  # a name that no file can have
-        done = -1
+    (done,) = _images.render_files([as_bytes(path)], batch[row : row + 1], [drawn], [recorded])
     if done == _images.TOO_MANY_SCANS:
         raise BadImage(path, f"cannot be decoded: it has more than {_images.MAX_SCANS} scans")
     if done > 0:

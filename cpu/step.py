@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from base.contracts import Loss, Matcher, Predictions
 
-BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # of /proc/cpuinfo: instructions that multiply bf16
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # in it: instructions that multiply bf16
 
 
 def has_bf16() -> bool:
     """Whether this CPU multiplies bf16; emulated, it would be slower than float32."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    if not CPUINFO.exists():  # another system, which does not say
+        return False
+    lines = CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
     flags = next((line for line in lines if line.startswith("flags")), "")
     return not BF16_FLAGS.isdisjoint(flags.split())
 

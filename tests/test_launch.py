@@ -15,6 +15,7 @@ import torch
 from base.__main__ import TOOLS
 from base.__main__ import main as tool
 from base.backend import SLOTS, backend_folder, list_backends, load_backend
+from base.backends import DEFAULT_BACKEND
 from base.config import Config, Resolved, list_configs, meanings
 from base.errors import UserError
 from base.launch import RESUMABLE, main
@@ -79,7 +80,8 @@ def test_list_shows_backends_and_configurations_whatever_folder_it_is_called_fro
 
 
 def test_dry_run_shows_everything_and_makes_nothing(tmp_path, demo_data):
-    flags = ["--config", "demo", "--data_dir", str(demo_data), *SMALL, "--use", "loss=reference", "--nproc=2", "--device", "cpu", "--dry-run"]
+    flags = ["--name", "reference", "--config", "demo", "--data_dir", str(demo_data), *SMALL, "--nproc=2", "--device", "cpu", "--dry-run"]
+    flags += ["--use", "loss=reference"]
     done = Started(tmp_path, flags).wait_done()
     assert (done.returncode, done.stderr, tree(tmp_path)) == (0, "", [])
     assert "backend reference on 1 × 2 cpu; resnet18 at 96×96, global batch 16" in done.stdout
@@ -96,10 +98,11 @@ def test_dry_run_shows_everything_and_makes_nothing(tmp_path, demo_data):
     "flags, said",
     [
         (["--name", "referense"], "no backend is called 'referense'; did you mean reference?"),
-        (["--config", "DGX1_23"], "no configuration 'DGX1_23'; did you mean DGX1_32"),
+        (["--name", "reference", "--config", "DGX1_23"], "no configuration 'DGX1_23'; did you mean DGX1_32"),
         (["--batchsize", "3"], "unknown argument '--batchsize'; did you mean --batch_size"),
-        (["--config", "DGX1_32", "--data_dir", "nowhere"], "data folder nowhere does not exist"),
-        (["--config", "DGX1_32", "--epochs", "many"], "epochs is 'many'"),
+        (["--config", "DGX1_32"], f"backend {DEFAULT_BACKEND} has no configuration 'DGX1_32'; add --name reference, or choose another"),
+        (["--config", "demo", "--data_dir", "nowhere"], "data folder nowhere does not exist"),
+        (["--config", "demo", "--epochs", "many"], "epochs is 'many'"),
         (["--name"], "--name: expected one argument"),
     ],
 )
@@ -132,10 +135,10 @@ def test_unknown_components_and_suppliers(refused, demo):
 
 @NO_ACCELERATOR
 def test_too_few_devices(refused, demo_data):
-    said = refused("--config", "DGX1_singlenode", "--data_dir", demo_data)
+    said = refused("--name", "reference", "--config", "DGX1_singlenode", "--data_dir", demo_data)
     assert "wants 8 devices a node" in said and "no accelerator" in said and "--nproc N" in said and "--list" in said
     assert "wants 8 devices a node and this machine has 0 cuda devices" in refused(
-        "--config", "DGX1_singlenode", "--data_dir", demo_data, "--device", "cuda"
+        "--name", "reference", "--config", "DGX1_singlenode", "--data_dir", demo_data, "--device", "cuda"
     )
 
 
@@ -216,7 +219,7 @@ def test_folders_without_the_images(refused, layout, here):
 def test_data_that_is_no_folder_or_not_named(refused, here):
     (here / "file").write_text("x")
     assert "data folder file does not exist" in refused("--config", "demo", "--data_dir", "file")
-    assert "--data_dir is missing: a folder with train2017/" in refused("--config", "DGX1_32")
+    assert "--data_dir is missing: a folder with train2017/" in refused("--name", "reference", "--config", "DGX1_32")
     assert "--data_dir is missing" in refused("--config", "demo", "--data_dir=")
 
 
@@ -376,7 +379,8 @@ def test_config_needs_no_data_and_says_where_values_come_from(capsys):
 def test_config_as_shell_can_be_sourced(capsys, tmp_path):
     wild = """/data/it's "here" $(touch no) `x` \\ $HOME é
 two"""
-    assert tool(["config", "--config", "DGX1_singlenode", "--data_dir", wild, "--use", "loss=reference", "--skip_bad_images", "--shell"]) == 0
+    flags = ["--name", "reference", "--config", "DGX1_singlenode", "--data_dir", wild, "--use", "loss=reference", "--skip_bad_images"]
+    assert tool(["config", *flags, "--shell"]) == 0
     (tmp_path / "values.sh").write_text(capsys.readouterr().out)
     script = 'set -eu; source ./values.sh; printf "%s\\0" ' + " ".join(f'"$SSD_{key.upper()}"' for key in Config.model_fields)
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -83,7 +83,8 @@ def environ(strangers_path: Path | str = "") -> dict[str, str]:
 
 
 def prepare(project: Path, *arguments: object, strangers: Path | str = "", exe: Path | str = sys.executable) -> subprocess.CompletedProcess:
-    command = [exe, project / "prepare.py", *map(str, arguments)]
+    named = [] if "--name" in arguments else ["--name", "reference"]
+    command = [exe, project / "prepare.py", *named, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environ(strangers), timeout=120)
     assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     return done
@@ -187,6 +188,14 @@ def test_build_fails_with_its_last_lines(project, python, strangers):
     strangers("breaker", build="import sys\nprint('compiler: line 7: no')\nsys.exit(5)\n")
     done = prepare(project, "--name", "breaker", "--python", python, strangers=strangers.path)
     assert done.returncode == 2 and "ended with exit code 5" in done.stderr and "compiler: line 7: no" in done.stderr
+
+
+def test_what_the_machine_lacks_for_a_build_is_told_before_anything_is_installed(project, strangers, vendor):
+    strangers("lacking", build="import sys\nprint('no compiler: apt-get install it', file=sys.stderr)\nsys.exit(2)\n")
+    done = prepare(project, "--name", "lacking", "--python", vendor, strangers=strangers.path)
+    assert done.returncode == 2 and done.stderr == "error: no compiler: apt-get install it\n" and "packages" not in done.stdout
+    checked = prepare(project, "--name", "lacking", "--check", "--python", vendor, strangers=strangers.path)
+    assert checked.returncode == 1 and "fault: no compiler: apt-get install it" in checked.stdout
 
 
 def test_backend_that_does_not_load(project, python, strangers):

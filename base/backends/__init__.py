@@ -15,6 +15,7 @@ from pathlib import Path
 
 from base.errors import UserError
 
+DEFAULT_BACKEND = "cpu"  # what runs on any machine without being named
 CONTRACTS = Path(__file__).resolve().parents[1]  # base/ has a backend.py too, which is what they all import
 __path__ = [str(CONTRACTS.parent)]
 __path__ += [str(Path(entry).expanduser().resolve()) for entry in os.environ.get("SSD_BACKEND_PATH", "").split(os.pathsep) if entry]

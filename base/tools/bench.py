@@ -1,6 +1,6 @@
 """``python -m base bench --part P``: measure one part of the benchmark on this machine against its limits.
 
-Exit code 0 when every limit is met, 1 when one is missed. A part is a module with ``PART`` (what it times and where the
+Exit code 0 when every bound is kept, 1 when one is missed. A part is a module with ``PART`` (what it times and where the
 clock starts and stops) and ``measure(log) -> list[Figure]``, or a function of `base.tools.bench_parts`.
 """
 
@@ -23,18 +23,26 @@ PARTS = ("index", *COMPONENTS)
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure; ``spread`` is (lowest, highest) of the runs, ``limit`` the largest value allowed (None: no limit)."""
+    """One figure; ``spread`` is (lowest, highest) of the runs, ``most`` and ``least`` bound the value (None: no bound).
+
+    Without a ``value`` it was not measured, and ``note`` says why.
+    """
 
     name: str
-    value: float
+    value: float | None
     unit: str
-    limit: float | None = None
+    most: float | None = None
     runs: int = 1
     spread: tuple[float, float] | None = None
+    least: float | None = None
+    note: str = ""
 
     @property
     def ok(self) -> bool:
-        return self.limit is None or self.value <= self.limit
+        """False if the value is out of its bounds; one that was not measured is not."""
+        too_much = self.most is not None and self.value is not None and self.value > self.most
+        too_little = self.least is not None and self.value is not None and self.value < self.least
+        return not (too_much or too_little)
 
 
 def machine() -> dict[str, str]:
@@ -54,12 +62,13 @@ def machine() -> dict[str, str]:
 
 
 def table(figures: list[Figure]) -> str:
-    rows = [("figure", "value", "lowest … highest", "limit", "")]
+    rows = [("figure", "value", "lowest … highest", "bound", "")]
     for figure in figures:
         spread = f"{figure.spread[0]:.3g} … {figure.spread[1]:.3g} of {figure.runs}" if figure.spread else ""
-        limit = "" if figure.limit is None else f"{figure.limit:g} {figure.unit}"
-        mark = "" if figure.limit is None else "ok" if figure.ok else "MISS"
-        rows.append((figure.name, f"{figure.value:.3g} {figure.unit}", spread, limit, mark))
+        bounds = [f"{sign} {value:.3g}" for sign, value in (("≤", figure.most), ("≥", figure.least)) if value is not None]
+        mark = "" if not bounds or figure.value is None else "ok" if figure.ok else "MISS"
+        value = f"not measured ({figure.note})" if figure.value is None else f"{figure.value:.3g} {figure.unit}"
+        rows.append((figure.name, value, spread, " ".join(bounds), mark))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 

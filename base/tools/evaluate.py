@@ -7,6 +7,7 @@ import torch
 
 from base import checkpoint
 from base.backend import load_backend
+from base.backends import DEFAULT_BACKEND
 from base.config import Config, validate
 from base.contracts import FIGURES
 from base.distributed import Ranks, device_type, devices_here
@@ -19,9 +20,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a file of a run's folder checkpoints/, or one of the MLPerf reference")
     parser.add_argument("--data_dir", "--data-dir", default=None, help="data folder (default: the one it was trained on)")
-    parser.add_argument("--name", default="reference", help="backend (default: reference)")
+    parser.add_argument("--name", default=DEFAULT_BACKEND, help="backend (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="torch device type (default: what the backend asks for)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads of the loader (default: 2)")
     flags = parser.parse_args(arguments)
     state, content = checkpoint.read_weights(flags.checkpoint)
     stored = content["config"] if content else Config().model_dump(mode="json")  # MLPerf's is SSD300-ResNet34

@@ -14,7 +14,7 @@
 
 namespace images {
 
-constexpr int LOOK = 10;         // bits looked up at once; hardly any code is longer
+constexpr int LOOK = 11;         // bits looked up at once; hardly any code is longer, and often two symbols are in them
 constexpr int DUMMY = 64;        // where a coefficient beyond the last is put
 constexpr int END = 128;         // or more: the number of the coefficient after the last, where a block says that it ends
 constexpr int MOST_DC = 11, MOST_AC = 10;  // bits of a value: with codes of 16, two symbols fit into the 56 of a refill
@@ -38,11 +38,21 @@ struct Order {
 };
 inline const Order ORDER;
 
+// The value that so many bits mean (T.81, F.2.2.1): the smaller half of their numbers are those below 0.
+constexpr int HALF[MOST_DC + 1] = {0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024};
+constexpr int BELOW[MOST_DC + 1] = {0, -1, -3, -7, -15, -31, -63, -127, -255, -511, -1023, -2047};
+inline int value_of(int raw, int bits) { return raw + ((raw - HALF[bits]) >> 31 & BELOW[bits]); }  // no branch: signs cannot be foretold
+
 struct Huffman {
-    struct alignas(4) Entry {
-        uint8_t used;  // bits of the code and of the value that follows it; 0 if the code is longer than LOOK, or none
-        uint8_t bits;  // of the value
-        uint8_t step;  // to the coefficient after it
+    // What the next LOOK bits begin with: a symbol (a code, and the bits of a value) and, if it is in them as a whole, the one after it.
+    struct alignas(8) Entry {
+        uint8_t used;         // bits of both
+        uint8_t first_used;   // of the first; 0 if its code is longer than LOOK, or none
+        uint8_t first_start;  // 64 - first_used: where its value's bits begin in the next 64, from the bottom
+        uint8_t first_bits;   // of its value; with first_start what the instruction BEXTR takes
+        uint8_t first_step;   // to the coefficient after it
+        uint8_t second_step;  // 0 if there is none
+        int16_t second_value;
     };
     Entry entries[1 << LOOK];
 
@@ -66,10 +76,11 @@ struct Huffman {
         }
         size = 16 + symbols;
         memcpy(spec, given, size_t(size));
+        if (!dc) pair();
         return true;
     }
 
-    // The entry of a code longer than LOOK bits at the top of `next`; `used` is 0 if there is none.
+    // The entry of a code longer than LOOK bits at the top of `next`; `first_used` is 0 if there is none.
     Entry long_entry(uint64_t next) const {
         const uint32_t top = uint32_t(next >> 48);
         int length = LOOK + 1;
@@ -86,7 +97,20 @@ private:
     Entry entry_of(int symbol, int length) const {
         const int bits = symbol & 15, run = dc ? 0 : symbol >> 4;
         const bool ends = !dc && bits == 0 && run != 15;
-        return {uint8_t(length + bits), uint8_t(bits), uint8_t(ends ? END - 1 : run + 1)};
+        const auto used = uint8_t(length + bits);
+        return {used, used, uint8_t(64 - used), uint8_t(bits), uint8_t(ends ? END - 1 : run + 1), 0, 0};
+    }
+    void pair() {
+        for (uint32_t i = 0; i < 1u << LOOK; ++i) {
+            Entry& entry = entries[i];
+            if (entry.first_used == 0 || entry.first_used >= LOOK || entry.first_step == END - 1) continue;
+            const Entry& second = entries[(i << entry.first_used) & ((1u << LOOK) - 1)];
+            const int left = LOOK - entry.first_used - second.first_used;
+            if (second.first_used == 0 || left < 0) continue;
+            entry.used = uint8_t(LOOK - left);
+            entry.second_step = second.first_step;
+            entry.second_value = int16_t(value_of((i >> left) & ((1u << second.first_bits) - 1), second.first_bits));
+        }
     }
 };
 

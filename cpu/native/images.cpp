@@ -229,8 +229,9 @@ Work& work_of_thread() {
 }
 
 // The file's bytes in work.file; 0 if it is not a file that can be read.
-size_t read_file(Work& work, const char* path) {
-    const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+size_t read_file(Work& work, const std::string& path) {
+    if (path.find('\0') != std::string::npos) return 0;
+    const int file = open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     if (file < 0) return 0;
     struct stat about;
     size_t size = 0;
@@ -285,13 +286,22 @@ int render(const uint8_t* data, size_t size, const Look& look, bool exact, const
     return result;
 }
 
-int render_file(const std::string& path, Bytes batch, py::ssize_t row, const Sample* sample, std::pair<int, int> recorded, bool exact) {
-    const Target target = target_of(batch, row);
-    const Look look = look_of(sample);
+// → what render() gives for each, `exact` where there is no sample.
+std::vector<int> render_files(const std::vector<std::string>& paths, Bytes batch, const std::vector<const Sample*>& samples,
+                              const std::vector<std::pair<int, int>>& recorded) {
+    const size_t count = paths.size();
+    if (samples.size() != count || recorded.size() != count || batch.ndim() != 4 || size_t(batch.shape(0)) != count)
+        throw py::value_error("there must be as many samples, sizes and rows of the batch as files");
+    std::vector<Target> targets;
+    for (size_t i = 0; i < count; ++i) targets.push_back(target_of(batch, py::ssize_t(i)));
+    std::vector<int> done(count);
     py::gil_scoped_release release;
     Work& work = work_of_thread();
-    const size_t size = read_file(work, path.c_str());
-    return size == 0 ? -UNUSUAL : render(work.file.data(), size, look, exact, target, recorded);
+    for (size_t i = 0; i < count; ++i) {
+        const size_t size = read_file(work, paths[i]);
+        done[i] = size == 0 ? -UNUSUAL : render(work.file.data(), size, look_of(samples[i]), samples[i] == nullptr, targets[i], recorded[i]);
+    }
+    return done;
 }
 
 int render_bytes(const py::bytes& data, Bytes batch, py::ssize_t row, const Sample* sample, std::pair<int, int> recorded, bool exact) {
@@ -374,8 +384,8 @@ PYBIND11_MODULE(_images, m) {
     const char* about =
         "Renders a JPEG file into row `row` of a batch uint8 (N, H, W, 3): as `sample` says, or only resized (None). `recorded` is (height, width), "
         "0 if unknown.\n\n→ the eighths of its size at which it was decoded (8 if `exact`); below 0: TOO_MANY_SCANS, or damaged or unusual.";
-    m.def("render_file", &render_file, py::arg("path"), py::arg("batch").noconvert(), py::arg("row"), py::arg("sample").none(true),
-          py::arg("recorded") = std::pair<int, int>(0, 0), py::arg("exact") = false, about);
+    m.def("render_files", &render_files, py::arg("paths"), py::arg("batch").noconvert(), py::arg("samples"), py::arg("recorded"),
+          "Renders N files into the N rows of a batch, `exact` where there is no sample → what render_bytes gives, for each.");
     m.def("render_bytes", &render_bytes, py::arg("data"), py::arg("batch").noconvert(), py::arg("row"), py::arg("sample").none(true),
           py::arg("recorded") = std::pair<int, int>(0, 0), py::arg("exact") = false, about);
     m.def("render_array", &render_array, py::arg("pixels").noconvert(), py::arg("batch").noconvert(), py::arg("row"), py::arg("sample").none(true),

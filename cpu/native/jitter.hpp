@@ -37,6 +37,9 @@ CLONES inline void store(uint8_t* pixels, const Chunk& chunk, int groups) {
 
 inline float whole(float x) { return float(int(x)); }  // towards zero, as C casts; every x here is ≥ 0
 
+inline float larger(float a, float b) { return a > b ? a : b; }  // one instruction each, which nested conditions are not
+inline float smaller(float a, float b) { return a < b ? a : b; }
+
 inline float clamped(float x) { return float(std::min(std::max(int(x), 0), 255)); }  // in whole numbers, which the compiler can vectorise
 
 inline float grey_of(float r, float g, float b) { return whole((19595 * r + 38470 * g + 7471 * b + 32768) * (1.0f / 65536)); }
@@ -59,8 +62,8 @@ CLONES inline void saturate(Chunk& chunk, int n, float amount) {
 CLONES inline void turn_hue(Chunk& chunk, int n, float shift) {
     for (int i = 0; i < n; ++i) {
         const float r = chunk.red[i], g = chunk.green[i], b = chunk.blue[i];
-        const float high = r > g ? (r > b ? r : b) : (g > b ? g : b), low = r < g ? (r < b ? r : b) : (g < b ? g : b);
-        const float range = high - low, divisor = range > 0 ? range : 1, brightest = high > 0 ? high : 1;
+        const float high = larger(larger(r, g), b), low = smaller(smaller(r, g), b);
+        const float range = high - low, divisor = larger(range, 1), brightest = larger(high, 1);  // of whole numbers
         const float both = 1.0f / (divisor * brightest), per_range = both * brightest;  // one division for two
         const float from_red = (g - b) * per_range, from_green = 2 + (b - r) * per_range, from_blue = 4 + (r - g) * per_range;
         float hue = (r == high ? from_red : g == high ? from_green : from_blue) * (1.0f / 6);
@@ -72,8 +75,7 @@ CLONES inline void turn_hue(Chunk& chunk, int n, float shift) {
         auto channel = [=](float offset) {
             float at = sector + offset;
             at = at >= 6 ? at - 6 : at;
-            const float other = 4 - at, nearer = at < other ? at : other, share = nearer < 0 ? 0 : nearer > 1 ? 1 : nearer;
-            return whole(high - chroma * share + 0.5f);
+            return whole(high - chroma * smaller(larger(smaller(at, 4 - at), 0), 1) + 0.5f);
         };
         chunk.red[i] = channel(5), chunk.green[i] = channel(3), chunk.blue[i] = channel(1);
     }

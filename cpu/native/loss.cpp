@@ -71,17 +71,18 @@ static double image_loss(const Cube& offsets, const Cube& logits, const float* w
     *positives = float(positive);
     if (positive == 0) return 0;
 
-    std::vector<float> shift(count), entropies(count);  // the second is the sums at first
+    const size_t room = (size_t(count) + MOST_LANES - 1) / MOST_LANES * MOST_LANES;
+    std::vector<float> entropies(room), sums(room, 1.f);
     if (logits.wide)
-        PICK(partitions_float)(logits.floats(n, 0), logits.stride, count, classes, shift.data(), entropies.data());
+        PICK(cross_entropies_float)(logits.floats(n, 0), logits.stride, count, classes, labels, entropies.data(), sums.data());
     else
-        PICK(partitions_bfloat16)(logits.halves(n, 0), logits.stride, count, classes, shift.data(), entropies.data());
+        PICK(cross_entropies_bfloat16)(logits.halves(n, 0), logits.stride, count, classes, labels, entropies.data(), sums.data());
 
     double total = 0;
     std::vector<uint32_t> keys;
     keys.reserve(count - positive);
     for (long a = 0; a < count; ++a) {
-        const float entropy = entropies[a] = std::log(entropies[a]) - (logits.at(n, a, labels[a]) - shift[a]);
+        const float entropy = entropies[a];
         if (labels[a] == 0) {
             keys.push_back(hardness(entropy));
             continue;

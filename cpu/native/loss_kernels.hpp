@@ -1,20 +1,22 @@
 // The loss's passes over logits, compiled by targets.hpp for each kind of machine.
 
-// partition() of the logits of each default box of an image.
+// Cross-entropies of the default boxes of an image with their labels; `entropies` has room for a multiple of MOST_LANES.
 template <class T>
-INLINE void partitions(const T* logits, int64_t stride, int64_t count, int64_t classes, float* shift, float* total) {
+INLINE void cross_entropies(const T* logits, int64_t stride, int64_t count, int64_t classes, const int64_t* labels, float* entropies, float* sums) {
     const Ints last = last_lanes(classes);
     for (int64_t a = 0; a < count; ++a) {
-        const Partition found = partition(logits + a * stride, classes, last);
-        shift[a] = found.shift;
-        total[a] = found.sum;
+        const T* row = logits + a * stride;
+        const Partition found = partition(row, classes, last);
+        sums[a] = found.sum;
+        entropies[a] = found.shift - number(row[labels[a]]);
     }
+    for (int64_t a = 0; a < count; a += LANES) store(entropies + a, load(entropies + a) + logarithm(load(sums + a)));
 }
-static void partitions_float(const float* logits, int64_t stride, int64_t count, int64_t classes, float* shift, float* total) {
-    partitions(logits, stride, count, classes, shift, total);
+static void cross_entropies_float(const float* logits, int64_t stride, int64_t count, int64_t classes, const int64_t* labels, float* entropies, float* sums) {
+    cross_entropies(logits, stride, count, classes, labels, entropies, sums);
 }
-static void partitions_bfloat16(const Bfloat16* logits, int64_t stride, int64_t count, int64_t classes, float* shift, float* total) {
-    partitions(logits, stride, count, classes, shift, total);
+static void cross_entropies_bfloat16(const Bfloat16* logits, int64_t stride, int64_t count, int64_t classes, const int64_t* labels, float* entropies, float* sums) {
+    cross_entropies(logits, stride, count, classes, labels, entropies, sums);
 }
 
 // Gradient of scale * cross-entropy of one default box: scale * (softmax - one at the label).

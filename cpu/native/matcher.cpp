@@ -16,6 +16,7 @@ using LongArray = py::array_t<int64_t, py::array::c_style>;
 
 constexpr float THRESHOLD = 0.5f;
 constexpr float MARGIN = 1.0001f;  // bounds are this much wider than needed, which rounding cannot bridge
+constexpr long BOXES_A_THREAD = 500;  // fewer take less time than waking another thread does
 constexpr int64_t BLOCK = 32;      // default boxes looked at together; a multiple of the lanes of every machine
 
 struct DefaultArrays {
@@ -83,7 +84,7 @@ struct Defaults {
 // What one image needs besides its result.
 struct Scratch {
     std::vector<float> overlap, bound;
-    std::vector<int32_t> box;
+    std::vector<int32_t> box, numbers;
     std::vector<int64_t> best_default;
 };
 
@@ -100,8 +101,10 @@ static void match_image(const Defaults& d, const float* boxes, const int64_t* la
     find(d.arrays, boxes, labels, count, scratch.overlap.data(), scratch.box.data(), scratch.bound.data(), scratch.best_default.data());
     for (long m = 0; m < count; ++m)
         if (labels[m] > 0) scratch.overlap[scratch.best_default[m]] = 2, scratch.box[scratch.best_default[m]] = int32_t(m);
-    for (long k = 0; k < d.count; ++k) {
-        if (!(scratch.overlap[k] > THRESHOLD)) continue;
+    scratch.numbers.resize(padded);
+    const long found = PICK(matched)(scratch.overlap.data(), long(padded), scratch.numbers.data());  // what fills up the last block is not above it
+    for (long i = 0; i < found; ++i) {
+        const long k = scratch.numbers[i];
         const float* box = boxes + 4 * scratch.box[k];
         const float* xywh = &d.xywh[4 * k];
         float* offset = offsets + 4 * d.order[k];
@@ -127,7 +130,7 @@ static void match(const Defaults& d, FloatArray boxes, LongArray labels, FloatAr
     float* offset = offsets.mutable_data();
     int64_t* target = classes.mutable_data();
     py::gil_scoped_release release;
-    parallel_for(images, threads, [&](long n) {
+    parallel_for(images, int(std::min<long>(threads, 1 + images * count / BOXES_A_THREAD)), [&](long n) {
         match_image(d, box + 4 * n * count, label + n * count, count, offset + 4 * n * d.count, target + n * d.count);
     });
 }

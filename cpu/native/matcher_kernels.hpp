@@ -48,3 +48,12 @@ static void find(const DefaultArrays& d, const float* boxes, const int64_t* labe
         best_default[m] = where;
     }
 }
+
+// Writes the numbers of the default boxes whose overlap is above the threshold → how many.
+static int64_t matched(const float* overlap, int64_t count, int32_t* numbers) {
+    int64_t found = 0;
+    for (int64_t k = 0; k < count; k += LANES)
+        for (uint32_t left_over = bits(load(overlap + k) > THRESHOLD); left_over; left_over &= left_over - 1)
+            numbers[found++] = int32_t(k) + __builtin_ctz(left_over);
+    return found;
+}

@@ -39,12 +39,11 @@ struct Taps {
         first.resize(size), count.resize(size), weights.assign(size_t(size) * taps, 0);
         const int lowest = int(std::floor(low)), highest = int(std::ceil(high));
         for (int i = 0; i < size; ++i) {
-            const double centre = low + (i + 0.5) * scale;
-            int from = std::max(lowest, int(std::floor(centre - width + 0.5))), to = std::min(highest, int(std::floor(centre + width + 0.5)));
-            auto weight = [&](int at) { return std::max(0.0, 1 - std::abs((at - centre + 0.5) / width)); };
-            while (from < to - 1 && weight(from) <= 0) ++from;
-            while (to - 1 > from && weight(to - 1) <= 0) --to;
-            double share[MAX_TAPS + 3] = {}, sum = 0, done = 0;
+            const double centre = low + (i + 0.5) * scale - 0.5, slope = 1 / width;  // of pixels' numbers
+            int from = std::max(lowest, int(std::ceil(centre - width))), to = std::min(highest, int(std::floor(centre + width)) + 1);
+            from = std::min(from, highest - 1), to = std::max(to, from + 1);
+            double share[MAX_TAPS + 3] = {};
+            auto weight = [&](int at) { return std::max(0.0, 1 - std::abs(at - centre) * slope); };
             if (halved) {
                 const int start = std::max(from / 2 - 1, 0);
                 for (int at = from; at < to; ++at) {
@@ -52,18 +51,22 @@ struct Taps {
                     share[near - start] += 0.75 * weight(at), share[other - start] += 0.25 * weight(at);
                 }
                 to = std::min((to - 1) / 2 + 2, length), from = start;
-                while (from < to - 1 && share[from - start] <= 0) ++from;
-                while (to - 1 > from && share[to - 1 - start] <= 0) --to;
-                if (from > start) std::copy(share + (from - start), share + (to - start), share);
             } else {
                 for (int at = from; at < to; ++at) share[at - from] = weight(at);
             }
-            for (int k = 0; k < to - from; ++k) sum += share[k];
-            first[i] = from, count[i] = to - from;
-            for (int k = 0; k < to - from; ++k) {  // rounded so that they add up exactly
-                const int before = int(done / sum * ONE + 0.5);
+            double sum = 0, done = 0;
+            int skip = 0, some = to - from;  // without those at the ends that have no weight
+            while (skip < some - 1 && share[skip] <= 0) ++skip;
+            while (some - 1 > skip && share[some - 1] <= 0) --some;
+            for (int k = skip; k < some; ++k) sum += share[k];
+            first[i] = from + skip, count[i] = some - skip;
+            const double unit = ONE / sum;
+            int before = 0;
+            for (int k = skip; k < some; ++k) {  // rounded so that they add up exactly
                 done += share[k];
-                weights[size_t(i) * taps + k] = uint16_t(int(done / sum * ONE + 0.5) - before);
+                const int upto = int(done * unit + 0.5);
+                weights[size_t(i) * taps + (k - skip)] = uint16_t(upto - before);
+                before = upto;
             }
         }
         begin = *std::min_element(first.begin(), first.end()), end = 0;

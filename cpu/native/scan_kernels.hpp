@@ -17,42 +17,54 @@ struct ScanBits {
         at += (63 - count) >> 3;
         count |= 56;
     }
+    [[gnu::always_inline]] void skip(int some) {
+        next <<= some;
+        count -= some;
+    }
     [[gnu::always_inline]] const uint8_t* used() const { return at - count / 8; }
 };
 
-// The next symbol → coefficients to go on by, 0 if there is no such code; with KEEP its value.
-template <bool KEEP>
-INLINE int symbol(ScanBits& bits, const images::Huffman& table, int16_t& value) {
-    images::Huffman::Entry entry = table.entries[bits.next >> (64 - LOOK)];
-    if (__builtin_expect(entry.used == 0, 0)) {
-        entry = table.long_entry(bits.next);
-        if (entry.used == 0) return 0;
-    }
-    if (KEEP) {  // without a branch: how many bits a value has is hard to foretell
-        const uint64_t own = bits.next << (entry.used - entry.bits);
-        const int raw = int(own >> 1 >> (63 - entry.bits)), negative = ~int(int64_t(own) >> 63);
-        value = int16_t(raw + (negative & (1 - (1 << entry.bits))));
-    }
-    bits.next <<= entry.used;
-    bits.count -= entry.used;
-    return entry.step;
+INLINE images::Huffman::Entry look_up(const ScanBits& bits, const images::Huffman& table) {
+    const images::Huffman::Entry entry = table.entries[bits.next >> (64 - LOOK)];
+    return __builtin_expect(entry.first_used == 0, 0) ? table.long_entry(bits.next) : entry;
+}
+INLINE int first_value(const ScanBits& bits, const images::Huffman::Entry& entry) {
+#if MACHINE >= 256
+    uint16_t start_and_bits;
+    std::memcpy(&start_and_bits, &entry.first_start, sizeof start_and_bits);
+    const int raw = int(__builtin_ia32_bextr_u64(bits.next, start_and_bits));
+#else
+    const int raw = int(bits.next >> 1 >> (entry.first_start - 1)) & ((1 << entry.first_bits) - 1);
+#endif
+    return images::value_of(raw, entry.first_bits);
 }
 
 // The next block; with KEEP its coefficients, into zeros → the number after its last one, or 0 if it cannot be a block.
 template <bool KEEP>
 INLINE int block(ScanBits& given, const images::Part& from, int& last, int16_t* coefficients) {
     ScanBits bits = given;
-    int16_t value = 0;
     bits.refill();
-    if (!symbol<true>(bits, *from.dc, value)) return 0;
-    last = int16_t(last + value);
+    const images::Huffman::Entry difference = look_up(bits, *from.dc);
+    if (difference.first_used == 0) return 0;
+    last = int16_t(last + first_value(bits, difference));
+    bits.skip(difference.first_used);
     if (KEEP) coefficients[0] = int16_t(last);
     int position = 1;
     auto another = [&]() __attribute__((always_inline)) {
-        const int step = symbol<KEEP>(bits, *from.ac, value);
-        position += step;
-        if (KEEP) coefficients[images::ORDER.place[position - 1]] = value;
-        return step != 0 && position < 64;
+        const images::Huffman::Entry entry = look_up(bits, *from.ac);
+        position += entry.first_step;
+        const int value = KEEP ? first_value(bits, entry) : 0;
+        // The second before the first: where there is none, they have one place.
+        if (KEEP) coefficients[images::ORDER.place[position - 1 + entry.second_step]] = entry.second_value;
+        if (KEEP) coefficients[images::ORDER.place[position - 1]] = int16_t(value);
+        if (position >= 64 || entry.first_used == 0) {  // what may follow belongs to the next block
+            bits.skip(entry.first_used);
+            position = entry.first_used ? position : END - 1;
+            return false;
+        }
+        position += entry.second_step;
+        bits.skip(entry.used);
+        return position < 64;
     };
     if (another())
         do bits.refill();

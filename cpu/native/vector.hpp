@@ -84,20 +84,52 @@ INLINE uint32_t bits(const Ints& mask) {
 #endif
 }
 
-// e^x to 2e-7 relative (the polynomial is that of Cephes' expf), between e^-87 and e^88; what is not a number stays so.
+// a · b + c; rounded once where the machine can, also in files that are compiled with fp-contract=off.
+INLINE Floats multiply_add(const Floats& a, const Floats& b, const Floats& c) {
+#if MACHINE == 512
+    return as<Floats>(_mm512_fmadd_ps(as<__m512>(a), as<__m512>(b), as<__m512>(c)));
+#elif MACHINE == 256
+    return as<Floats>(_mm256_fmadd_ps(as<__m256>(a), as<__m256>(b), as<__m256>(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+// e^x to 2e-7 relative, between e^-87 and e^88; what is not a number stays so. 2^(n + f) with |f| ≤ 1/2; the polynomial is the one
+// of degree 6 that is nearest to 2^f (Remez; 2e-9 relative, before rounding).
 INLINE Floats exponential(const Floats& given) {
     Floats x = given > 88.f ? all(88.f) : given;
     x = x < -87.f ? all(-87.f) : x;
-    const Floats shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the nearest whole number is now in the low bits
-    const Floats whole = shifted - 12582912.f;
-    const Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Floats p = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * rest + 8.3334519073e-3f;
-    p = p * rest + 4.1665795894e-2f;
-    p = p * rest + 1.6666665459e-1f;
-    p = p * rest + 5.0000001201e-1f;
-    p = p * (rest * rest) + rest + 1.f;
+    const Floats shifted = multiply_add(x, all(1.44269504f), all(12582912.f));  // 1.5 * 2^23: the nearest whole number is now in the low bits
+    const Floats whole = shifted - 12582912.f, f = multiply_add(x, all(1.44269504f), -whole);
+    Floats p = multiply_add(f, all(1.534732010e-4f), all(1.340015445e-3f));
+    p = multiply_add(p, f, all(9.618484243e-3f));
+    p = multiply_add(p, f, all(5.550328082e-2f));
+    p = multiply_add(p, f, all(2.402264692e-1f));
+    p = multiply_add(p, f, all(6.931472062e-1f));
+    p = multiply_add(p, f, all(1.f));
+#if MACHINE == 512
+    return as<Floats>(_mm512_scalef_ps(as<__m512>(p), as<__m512>(whole)));
+#else
     return p * as<Floats>((as<Words>(shifted) << 23) + (127u << 23));
+#endif
+}
+
+// log x of normal numbers above 0, to 2e-7 (the polynomial is that of Cephes' logf); what is not a number stays so.
+INLINE Floats logarithm(const Floats& x) {
+    const Ints bits = as<Ints>(x);
+    Ints exponent = (bits >> 23) - 126;
+    Floats m = as<Floats>((bits & 0x007fffff) | 0x3f000000);  // 1/2 … 1
+    const Ints small = m < 0.707106781f;
+    exponent += small;  // -1 where it holds
+    m = (small ? m + m : m) - 1.f;
+    const Floats e = __builtin_convertvector(exponent, Floats), square = m * m;
+    Floats p = multiply_add(m, all(7.0376836292e-2f), all(-1.1514610310e-1f));
+    for (const float c : {1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f})
+        p = multiply_add(p, m, all(c));
+    p = multiply_add(p * m, square, e * -2.12194440e-4f);
+    const Floats result = multiply_add(square, all(-0.5f), p) + m + e * 0.693359375f;
+    return x == x ? result : x;
 }
 
 // Rows of `count` logits are taken LANES at a time, the last piece overlapping the one before it; a row shorter than a piece is copied.

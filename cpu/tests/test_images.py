@@ -274,7 +274,7 @@ pictures = []
 for path in sorted(Path().glob("*.jpg")):
     for size in ((300, 300), (160, 101), (33, 231)):
         batch = np.zeros((1, *size, 3), np.uint8)
-        assert _images.render_file(str(path), batch, 0, None) == 8
+        assert _images.render_bytes(path.read_bytes(), batch, 0, None) == 8
         pictures.append(batch.ravel())
 np.save(sys.argv[1], np.concatenate(pictures))
 """
