@@ -8,6 +8,7 @@ The last line says what happened; before each input its number is printed, and `
 """
 
 import argparse
+import atexit
 import collections
 import faulthandler
 import functools
@@ -17,6 +18,7 @@ import json
 import os
 import struct
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -316,6 +318,32 @@ def odd_rendering(rng):
     return lambda: _images.render_bytes(*arguments)
 
 
+@functools.cache
+def folder() -> Path:
+    """With all files, and what is no file."""
+    place = tempfile.TemporaryDirectory(prefix="fuzz")
+    atexit.register(place.cleanup)
+    path = Path(place.name)
+    for number, content in enumerate(files()):
+        (path / f"{number}.jpg").write_bytes(content)
+    (path / "empty.jpg").touch()
+    (path / "folder.jpg").mkdir()
+    os.mkfifo(path / "pipe.jpg")
+    return path
+
+
+def many_files(rng):
+    names = [f"{rng.integers(len(files()))}.jpg" if rng.random() < 0.8 else some(rng, "empty.jpg", "folder.jpg", "pipe.jpg", "none.jpg", "0.jpg\0a")]
+    names = [os.fsencode(folder() / names[0])] * int(rng.integers(0, 4)) + [os.fsencode(folder() / "0.jpg"), b""]
+    batch = np.zeros((len(names), *some(rng, *SIZES), 3), np.uint8)
+    arguments = [names, batch, [some(rng, None, sample(rng)) for _ in names], [(0, 0)] * len(names)]
+    if rng.random() < 0.4:
+        place = int(rng.integers(4))
+        few = arguments[place][1:]
+        arguments[place] = some(rng, few, None, 3, [None] * len(names), twisted(rng, batch, 1))
+    return lambda: (1, _images.render_files(*arguments), batch.tobytes())
+
+
 def array(rng):
     shape = [int(side) for side in rng.choice([1, 2, 5, 40, 77, 700], 2)]
     pixels, (batch, row) = rng.integers(0, 256, (*shape, 3), dtype=np.uint8), batch_of(rng)
@@ -470,7 +498,7 @@ def figures(rng):
     return run
 
 
-KINDS = [*[jpeg_file] * 12, odd_rendering, array, odd_sample, no_generator, *2 * [draws, matching, decoding, losses, figures]]
+KINDS = [*[jpeg_file] * 12, odd_rendering, many_files, array, odd_sample, no_generator, *2 * [draws, matching, decoding, losses, figures]]
 
 
 def made(seed: int, number: int):

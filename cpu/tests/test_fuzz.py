@@ -31,7 +31,7 @@ def run(command: list[str], seconds: float, **environment: str) -> str:
 def check(report: dict) -> None:
     """Files and arguments that are read, and such as are refused, were among the inputs of each kind."""
     happened = report["happened"]
-    for kind in ("jpeg_file", "array", "draws", "matching", "decoding", "losses", "figures", "odd_sample"):
+    for kind in ("jpeg_file", "many_files", "array", "draws", "matching", "decoding", "losses", "figures", "odd_sample"):
         assert happened.get(f"{kind}: read", 0) >= 3, happened
     assert happened["jpeg_file: read"] > 50 and happened["jpeg_file: left"] > 50
     assert sum(number for kind, number in happened.items() if kind.endswith(": ValueError")) > 50
