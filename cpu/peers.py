@@ -31,7 +31,7 @@ CRITERION = 0.5
 AT_LEAST = {
     "loader": {"": {MLPERF: 8, DALI: 3.5, SIMPLEJPEG: 0.8}},
     "matcher": {"7 boxes": {MLPERF: 40}, "500 boxes": {"": 1000}},
-    "loss": {"float32": {MLPERF: 5}, "bfloat16": {MLPERF: 5}},
+    "loss": {"float32": {MLPERF: 5}},  # as MLPerf trains; on bfloat16 logits its loss is another, less exact one
     "decoder": {"crowded": {MLPERF: 500}, "all above the threshold": {"": 1000 / 150}},
     "evaluator": {"": {"": 5000 / 4}},
     "step": {"": {MLPERF: 2.3, "ceiling by bfloat16 convolution": 0.85}},
