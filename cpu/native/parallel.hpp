@@ -32,7 +32,7 @@ void parallel_for(long count, int threads, Body&& body) {
     const long extra = std::min<long>(threads, count) - 1;
     try {
         for (long t = 0; t < extra; ++t) others.emplace_back(work);
-    } catch (...) {  // those that run must be waited for
+    } catch (const std::exception&) {  // those that run must be waited for
     }
     work();
     for (auto& thread : others) thread.join();
