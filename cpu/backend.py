@@ -7,6 +7,7 @@ from .evaluator import CocoEvaluator
 from .loader import eval_loader, train_loader
 from .loss import multibox_loss
 from .matcher import match
+from .model import build_model
 from .step import build_optimizer, build_step
 
 BACKEND = Backend(
@@ -15,6 +16,7 @@ BACKEND = Backend(
     distributed="gloo",
     train_loader=train_loader,
     eval_loader=eval_loader,
+    model=build_model,
     matcher=match,
     loss=multibox_loss,
     step=build_step,

@@ -56,9 +56,12 @@ class SSD(nn.Module):
         levels = [self.backbone(images)]
         for block in self.extras:
             levels.append(block(levels[-1]))
-        offsets = [boxes_last(head(level), 4) for head, level in zip(self.offset_heads, levels, strict=True)]
-        logits = [boxes_last(head(level), self.num_classes) for head, level in zip(self.class_heads, levels, strict=True)]
+        offsets = [boxes_last(self.apply_head(head, level), 4) for head, level in zip(self.offset_heads, levels, strict=True)]
+        logits = [boxes_last(self.apply_head(head, level), self.num_classes) for head, level in zip(self.class_heads, levels, strict=True)]
         return Predictions(torch.cat(offsets, 1), torch.cat(logits, 1))
+
+    def apply_head(self, head: nn.Conv2d, level: Tensor) -> Tensor:
+        return head(level)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)  # .to(device) and its kin: default boxes follow the weights' device, never their dtype
