@@ -19,14 +19,15 @@ def test_gradients_of_a_head_equal_torchs(dtype, stride, size, share):
     given = [t.requires_grad_() for t in given]
     output = functional.conv2d(*given, stride=stride, padding=1)
     slope = some(*output.shape) * (torch.rand(2, 1, *output.shape[2:], generator=generator) < share)
-    want = torch.autograd.grad(output, given, slope)
+    wide = [t.detach().float().requires_grad_() for t in given]  # torch's own of bfloat16 has leftovers of memory in it where the level is 1×1
+    want = torch.autograd.grad(functional.conv2d(*wide, stride=stride, padding=1), wide, slope.float())
     sparse = _Head.apply(*given, stride)
     assert torch.equal(sparse, output)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for expected, got in zip(want, torch.autograd.grad(sparse, given, slope), strict=True):
         assert got.dtype == dtype and got.shape == expected.shape
-        apart = (got.float() - expected.float()).norm()
-        assert apart <= tolerance * expected.float().norm() + 1e-9
+        apart = (got.float() - expected).norm()
+        assert apart <= tolerance * expected.norm() + 1e-9
 
 
 def test_no_image_without_a_gradient_is_missed():
