@@ -98,7 +98,7 @@ def compared(
 def memory(process: int | str, entry: str) -> float:
     """An entry of /proc/PROCESS/status in MB."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:")) / 1000
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{entry}:")) * 1024 / 1e6
 
 
 def children() -> set[int]:
@@ -190,7 +190,7 @@ def loss(log, names: list[str]) -> list[Figure]:
             before = memory("self", "VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             both(name)
-            extra = (memory("self", "VmHWM") - before) * 1e6 * 1.024 / (logits.numel() * logits.element_size())
+            extra = (memory("self", "VmHWM") - before) * 1e6 / (logits.numel() * logits.element_size())
             figures.append(Figure(f"{name}, extra memory / logits, {case}", extra, "×", bound("AT_MOST", name, "loss", "extra memory")))
     return figures
 
