@@ -23,7 +23,7 @@ TWO = ["--nproc", "2", "--device", "cpu", "--batch_size", "4"]
 
 def figures_of(run, *flags: str) -> dict[str, str]:
     """The 12 figures that `python -m base evaluate` prints for a run's best checkpoint."""
-    command = [sys.executable, "-m", "base", "evaluate", "--checkpoint", str(run / "checkpoints" / "best.pt"), *flags]
+    command = [sys.executable, "-m", "base", "evaluate", "--name", "reference", "--checkpoint", str(run / "checkpoints" / "best.pt"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return dict(line.split() for line in done.stdout.splitlines())
@@ -115,7 +115,7 @@ def test_two_nodes(tmp_path, demo_data):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    standard = ["--config", "demo", "--data_dir", str(demo_data), *SMALL, *SHORT, "--batch_size", "4", "--device", "cpu"]
+    standard = ["--name", "reference", "--config", "demo", "--data_dir", str(demo_data), *SMALL, *SHORT, "--batch_size", "4", "--device", "cpu"]
     meeting = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--run_name", "run"]
     nodes = []
     for rank in (0, 1):
