@@ -21,7 +21,7 @@ STAMP = "_built.json"  # beside the modules
 FLAGS = ["-std=c++17", "-O3", "-fno-trapping-math", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread"]
 SANITIZE = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZE += ["-fno-sanitize=null,vptr,object-size"]  # which take most of the compiler's time, and see nothing here that the others miss
-LIBRARIES = {"images": ["-ljpeg"]}  # module → what it is linked with
+LIBRARIES = {"images": ["-ljpeg"], "norm": ["-fopenmp"]}  # module → what it is linked with; libgomp is there once torch is loaded
 INSTALL = "apt-get install -y g++ libjpeg62-turbo-dev (Debian; Ubuntu: g++ libjpeg-turbo8-dev; Fedora: gcc-c++ libjpeg-turbo-devel)"
 
 

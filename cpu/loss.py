@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from base.contracts import Predictions, Targets
 
 from . import _loss
+from .arrays import as_array
 
 KINDS = (torch.float32, torch.bfloat16)
 
@@ -31,14 +32,6 @@ def multibox_loss(predictions: Predictions, targets: Targets) -> Tensor:
     return _MultiboxLoss.apply(offsets, logits, targets.offsets.float(), targets.labels.long())
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory as NumPy sees it, bfloat16 as 16-bit integers; copied only if its rows are not contiguous."""
-    tensor = tensor.detach()
-    if tensor.stride(-1) != 1:
-        tensor = tensor.contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
-
-
 def _zeros(like: Tensor) -> tuple[Tensor, np.ndarray]:
     """Zeros that nobody has touched yet: the system gives the pages as they are written, and most never are."""
     array = np.zeros(like.shape, np.int16 if like.dtype is torch.bfloat16 else np.float32)
@@ -50,7 +43,7 @@ class _MultiboxLoss(torch.autograd.Function):
     def forward(ctx, offsets: Tensor, logits: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
         wanted, labels = wanted.detach().contiguous(), labels.contiguous()
         chosen, positives = np.zeros(labels.shape, np.uint8), np.zeros(len(labels), np.float32)
-        arrays = _array(offsets), _array(logits), wanted.numpy(), labels.numpy()
+        arrays = as_array(offsets), as_array(logits), wanted.numpy(), labels.numpy()
         loss = _loss.forward(*arrays, chosen, positives, torch.get_num_threads())
         ctx.save_for_backward(offsets, logits, wanted, labels)
         ctx.kept = chosen, positives
@@ -61,6 +54,6 @@ class _MultiboxLoss(torch.autograd.Function):
     def backward(ctx, slope: Tensor):
         offsets, logits, wanted, labels = ctx.saved_tensors
         (to_offsets, into_offsets), (to_logits, into_logits) = _zeros(offsets), _zeros(logits)
-        arrays = _array(offsets), _array(logits), wanted.numpy(), labels.numpy()
+        arrays = as_array(offsets), as_array(logits), wanted.numpy(), labels.numpy()
         _loss.backward(*arrays, *ctx.kept, slope.item(), into_offsets, into_logits, torch.get_num_threads())
         return to_offsets, to_logits, None, None

@@ -1,4 +1,5 @@
-"""The reference's model, with heads whose backward pass looks only at the cells that took part in the loss."""
+"""The reference's model, with batch norm in one operation with what follows it, and heads whose backward pass looks only at the cells
+that took part in the loss."""
 
 from collections.abc import Sequence
 
@@ -8,10 +9,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .norm import fits, norm_relu
 
-class SparseSSD(SSD):
-    """Hard negative mining leaves some hundred default boxes of 8,732 with a gradient, and the heads are a tenth of the model's
-    work: their backward pass gathers the few cells that have one."""
+
+class NativeSSD(SSD):
+    """The reference's architecture and weights."""
+
+    def apply_norm(self, norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
+        learns = torch.is_grad_enabled() and not norm.training  # with fixed statistics, which is torch's to differentiate
+        if learns or not fits(norm, x, shortcut):
+            return super().apply_norm(norm, x, shortcut, relu)
+        return norm_relu(norm, x, shortcut, relu)
 
     def apply_head(self, head: nn.Conv2d, level: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -19,13 +27,14 @@ class SparseSSD(SSD):
         return _Head.apply(level, head.weight, head.bias, head.stride[0])
 
 
-def build_model(*, num_classes: int, image_size: tuple[int, int], strides: Sequence[int], backbone: str) -> SparseSSD:
+def build_model(*, num_classes: int, image_size: tuple[int, int], strides: Sequence[int], backbone: str) -> NativeSSD:
     """As `reference.model.build_model`."""
-    return SparseSSD(num_classes, image_size, strides, backbone)
+    return NativeSSD(num_classes, image_size, strides, backbone)
 
 
 class _Head(torch.autograd.Function):
-    """A 3×3 convolution with padding 1."""
+    """A 3×3 convolution with padding 1. Hard negative mining leaves some hundred default boxes of 8,732 with a gradient, and the heads
+    are a tenth of the model's work: the backward pass gathers the few cells that have one."""
 
     @staticmethod
     def forward(ctx, level: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:

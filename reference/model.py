@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
 
 from base.boxes import BOXES_PER_CELL, default_boxes
 from base.contracts import Predictions
@@ -53,14 +54,39 @@ class SSD(nn.Module):
         self.default_boxes = default_boxes(image_size, feature_sizes(image_size, strides))
 
     def forward(self, images: Tensor) -> Predictions:
-        levels = [self.backbone(images)]
+        levels = [self.features(images)]
         for block in self.extras:
             levels.append(block(levels[-1]))
         offsets = [boxes_last(self.apply_head(head, level), 4) for head, level in zip(self.offset_heads, levels, strict=True)]
         logits = [boxes_last(self.apply_head(head, level), self.num_classes) for head, level in zip(self.class_heads, levels, strict=True)]
         return Predictions(torch.cat(offsets, 1), torch.cat(logits, 1))
 
+    def features(self, images: Tensor) -> Tensor:
+        """The backbone's level, as torchvision's ResNet computes it."""
+        net = self.backbone
+        x = net.maxpool(self.apply_norm(net.bn1, net.conv1(images)))
+        for block in (*net.layer1, *net.layer2, *net.layer3):
+            shortcut = x
+            if block.downsample is not None:
+                convolution, norm = block.downsample
+                shortcut = self.apply_norm(norm, convolution(x), relu=False)
+            x = self.apply_norm(block.bn1, block.conv1(x))
+            if hasattr(block, "conv3"):
+                x = self.apply_norm(block.bn2, block.conv2(x))
+                x = self.apply_norm(block.bn3, block.conv3(x), shortcut)
+            else:
+                x = self.apply_norm(block.bn2, block.conv2(x), shortcut)
+        return x
+
+    def apply_norm(self, norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
+        """Batch norm, then the shortcut's addition and ReLU; backends fuse them."""
+        x = norm(x)
+        if shortcut is not None:
+            x += shortcut
+        return functional.relu_(x) if relu else x
+
     def apply_head(self, head: nn.Conv2d, level: Tensor) -> Tensor:
+        """A head's 3×3 convolution; backends may know a faster backward pass."""
         return head(level)
 
     def _apply(self, fn, recurse=True):

@@ -31,6 +31,7 @@ from base.tools.photographs import make
 CLASSES, SIZE, STRIDES = 81, (300, 300), (1, 1, 2, 2, 2, 1)
 STEP_GFLOP = 94.75  # SSD300-R34, 81 classes, forward and backward of one image, a multiply-add counts 2
 WORKERS, PHOTOGRAPHS, TIMES = 2, 256, 4
+IMAGES = 32  # of a batch, as in MLPerf's reference
 Cases = dict[str, Callable[[], object]]
 
 
@@ -114,7 +115,7 @@ def loader(log, names: list[str]) -> list[Figure]:
         log(f"making {PHOTOGRAPHS} photographs")
         annotations = make(Path(folder), PHOTOGRAPHS, times=TIMES)
         images = Path(folder, "images")
-        given = {"annotation_file": annotations, "image_dir": images, "image_size": SIZE, "batch_size": 32, "workers": WORKERS, "seed": 1}
+        given = {"annotation_file": annotations, "image_dir": images, "image_size": SIZE, "batch_size": IMAGES, "workers": WORKERS, "seed": 1}
         epochs, loaders, figures = itertools.count(), {}, []
 
         def epoch(name: str) -> None:
@@ -161,10 +162,10 @@ def matcher(log, names: list[str]) -> list[Figure]:
     """Matching a batch of 32 images to 8,732 default boxes: 7 boxes an image, then 500."""
     defaults, figures = _default_boxes(), []
     for count, rounds in ((7, 30), (500, 5)):
-        boxes, labels = _truth(32, count)
+        boxes, labels = _truth(IMAGES, count)
         found = {name: load_backend(name).matcher for name in names}
         own: Cases = {name: lambda match=match, boxes=boxes, labels=labels: match(boxes, labels, defaults) for name, match in found.items()}
-        figures += compared("matcher", f"{count} boxes", own, SimpleNamespace(boxes=boxes, labels=labels), 32, "images/s", rounds)
+        figures += compared("matcher", f"{count} boxes", own, SimpleNamespace(boxes=boxes, labels=labels), IMAGES, "images/s", rounds)
     return figures
 
 
@@ -172,11 +173,11 @@ def loss(log, names: list[str]) -> list[Figure]:
     """Loss forward and backward, batch 32, 8,732 default boxes, 81 classes, 7 boxes an image; float32 and bfloat16 logits. Then
     the resident memory at its peak, above that before, as a multiple of the logits' bytes: gradients are part of it."""
     defaults, figures = _default_boxes(), []
-    boxes, labels = _truth(32, 7)
+    boxes, labels = _truth(IMAGES, 7)
     targets = load_backend("reference").matcher(boxes, labels, defaults)
     for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.randn(32, len(defaults), CLASSES).to(dtype).requires_grad_()
-        offsets = torch.randn(32, len(defaults), 4).to(dtype).requires_grad_()
+        logits = torch.randn(IMAGES, len(defaults), CLASSES).to(dtype).requires_grad_()
+        offsets = torch.randn(IMAGES, len(defaults), 4).to(dtype).requires_grad_()
 
         def both(name: str, offsets=offsets, logits=logits) -> None:
             logits.grad = offsets.grad = None
@@ -243,11 +244,11 @@ def evaluator(log, names: list[str]) -> list[Figure]:
 
 
 def step(log, names: list[str]) -> list[Figure]:
-    """A whole training step of SSD300-ResNet34 on batch 8, 81 classes, and beside it the machine's convolution rate
-    (3×3, 256 → 256 channels at 38×38, batch 8, bf16 and float32), as the images/s that it would allow."""
-    truth = _truth(8, 7)
-    images = torch.randint(0, 256, (8, *SIZE, 3), dtype=torch.uint8)
-    batch = Batch(images, *truth, torch.arange(8), torch.full((8, 2), 300))
+    """A whole training step of SSD300-ResNet34 on batch 32, 81 classes, and beside it the machine's convolution rate
+    (3×3, 256 → 256 channels at 38×38, batch 32, bf16 and float32), as the images/s that it would allow."""
+    images = torch.randint(0, 256, (IMAGES, *SIZE, 3), dtype=torch.uint8)
+    batch = Batch(images, *_truth(IMAGES, 7), torch.arange(IMAGES), torch.full((IMAGES, 2), 300))
+    log("three rounds; the reference takes half a minute in each")
     own: Cases = {}
     for name in names:
         backend = load_backend(name)
@@ -257,17 +258,17 @@ def step(log, names: list[str]) -> list[Figure]:
         parts = {"matcher": backend.matcher, "loss": backend.loss, "device": torch.device("cpu")}
         train = backend.step(model=model, optimizer=optimizer, **parts)
         own[name] = lambda train=train: train(batch, 1e-3)
-    return compared("step", "", own, SimpleNamespace(batch=batch), 8, "images/s", 5, convolutions())
+    return compared("step", "", own, SimpleNamespace(batch=batch), IMAGES, "images/s", 3, convolutions())
 
 
 def convolutions() -> Cases:
-    """Convolutions of as many operations as eight images' training takes."""
-    operations = 2 * 8 * 38 * 38 * 256 * 256 * 9
-    repeats = round(8 * STEP_GFLOP * 1e9 / operations)
+    """Convolutions of as many operations as a batch's training takes."""
+    operations = 2 * IMAGES * 38 * 38 * 256 * 256 * 9
+    repeats = round(IMAGES * STEP_GFLOP * 1e9 / operations)
 
     def run(dtype: torch.dtype) -> None:
         with torch.no_grad():
-            x = torch.randn(8, 256, 38, 38, dtype=dtype).to(memory_format=torch.channels_last)
+            x = torch.randn(IMAGES, 256, 38, 38, dtype=dtype).to(memory_format=torch.channels_last)
             w = torch.randn(256, 256, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
             for _ in range(repeats):
                 torch.nn.functional.conv2d(x, w, padding=1)

@@ -11,6 +11,7 @@ from base.backends.cpu import build
 @pytest.mark.parametrize("name", sorted(build.sources()))
 def test_there_is_nothing_to_warn_of(name):
     includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    command = ["g++", *build.FLAGS, "-O1", "-fsyntax-only", "-Werror", *includes, str(build.sources()[name])]
+    flags = [*build.FLAGS, *build.LIBRARIES.get(name, []), "-O1", "-fsyntax-only", "-Werror"]
+    command = ["g++", *flags, *includes, str(build.sources()[name])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

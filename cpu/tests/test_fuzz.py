@@ -126,12 +126,12 @@ def test_native_code_loses_no_memory(sanitized):
     printed = run([*FUZZ, "--count", "1000", "--seconds", "50"], 500, **environment)
     found = re.findall(r"(?:Direct|Indirect) leak of .*?\n\n", printed, re.DOTALL)
     assert found, "LeakSanitizer did not run"
-    ours = [leak for leak in found if re.search(r"/native/|\(_(coco|decoder|images|loss|matcher)\.", leak)]
+    ours = [leak for leak in found if re.search(r"/native/|\(_(coco|decoder|images|loss|matcher|norm)\.", leak)]
     assert not ours, ours[0]
 
 
 @pytest.mark.long
 def test_the_other_tests_of_native_code_under_sanitizers(sanitized):
-    files = [str(CPU / "tests" / f"test_{name}.py") for name in ("images", "coco")] + ["tests/test_components.py", "tests/test_golden.py"]
+    files = [str(CPU / "tests" / f"test_{name}.py") for name in ("images", "coco", "norm")] + ["tests/test_components.py", "tests/test_golden.py"]
     printed = run([sys.executable, "-m", "pytest", "-x", *files, "-k", "cpu and not model", "-p", "no:cacheprovider"], 500, **sanitized)
     assert int(re.search(r"(\d+) passed", printed)[1]) > 100
