@@ -202,6 +202,11 @@ def check_backend(name: str, resolved: Resolved):
     by_flag = resolved.sources.get("devices", "").startswith("--")
     if kind == "cpu" and wanted == "auto" and config.devices > 1 and not by_flag:
         here = 1  # a configuration for several accelerators does not turn into as many CPU processes unasked
+    if here == 0 and config.device == "auto":
+        raise UserError(
+            f"backend {name} needs a {kind} device and this machine has none; --name {DEFAULT_BACKEND} runs here, "
+            f"and --device cpu takes what {name} does on a CPU"
+        )
     if here is not None and here < config.devices:
         what = f"{here} {kind} device{'s' * (here != 1)}" if kind != "cpu" else "no accelerator"
         raise UserError(

@@ -22,7 +22,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def runs_here(name: str) -> bool:
-    """Whether a backend's parts can be tested on this machine; $SSD_TEST_DEVICE chooses another device than the CPU."""
+    """Whether a backend's parts can be tested on this machine: on the CPU, or on the device that $SSD_TEST_DEVICE names.
+
+    $SSD_TEST_BACKENDS chooses backends by name, for what an accelerator's backend does on a CPU.
+    """
+    if chosen := os.environ.get("SSD_TEST_BACKENDS"):
+        return name in chosen.split()
     return load_backend(name).device in ("auto", "cpu", os.environ.get("SSD_TEST_DEVICE", "cpu"))
 
 

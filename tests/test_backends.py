@@ -126,19 +126,19 @@ if __name__ == "__main__":
 
 
 def test_a_backend_folder_does_not_hide_an_installed_package_of_its_name(place, tmp_path):
-    place("nvidia", backend=HEAD + 'import nvidia.dali\nBACKEND = Backend(name="nvidia")\nDALI = nvidia.dali.VERSION')
-    wheel = tmp_path / "site" / "nvidia" / "dali"
+    place("acme", backend=HEAD + 'import acme.data\nBACKEND = Backend(name="acme")\nDATA = acme.data.VERSION')
+    wheel = tmp_path / "site" / "acme" / "data"
     wheel.mkdir(parents=True)
     (wheel.parent / "__init__.py").write_text("")
     (wheel / "__init__.py").write_text("VERSION = 'the installed one'")
     script = """
-import nvidia.dali
-import base.backends.nvidia.backend as ours
+import acme.data
+import base.backends.acme.backend as ours
 from base.backend import load_backend
-print(nvidia.dali.VERSION, ours.DALI, load_backend("nvidia") is not None, ours.BACKEND.name, nvidia.dali.__name__)
+print(acme.data.VERSION, ours.DATA, load_backend("acme") is not None, ours.BACKEND.name, acme.data.__name__)
 """
     printed = python(script, place.path, PYTHONPATH=str(tmp_path / "site"))
-    assert printed == "the installed one the installed one True nvidia nvidia.dali\n"
+    assert printed == "the installed one the installed one True acme acme.data\n"
 
 
 # Broken ones: name → what backend.py holds, and what is said. NAME, HERE: the backend's name and folder; *: anything

@@ -1,0 +1,242 @@
+"""Kernels against PyTorch eager and their floor, training steps and whole training from JPEG files, in one run on one GPU.
+
+``bash nvidia/bench.sh`` runs the tests and then this, and writes ``nvidia/results/<gpu>.md``. Times are of the device, between two
+events around several calls; every case runs once in each round. A floor is the bytes that a kernel must move over the bandwidth of a
+copy, measured in the same run. What cannot be measured reads "not measured", and why.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import triton
+from base.backends.nvidia.decoder import decode
+from base.backends.nvidia.loss import multibox_loss
+from base.backends.nvidia.matcher import match
+from base.backends.nvidia.model import FusedSSD
+from base.backends.nvidia.norm import norm_relu
+from base.backends.nvidia.prologue import prologue
+from base.backends.nvidia.step import GraphedStep, build_optimizer, precision
+from base.backends.reference import decoder, loss, matcher, optimizer, step
+from base.backends.reference.model import SSD
+
+from base.contracts import Batch, Predictions
+from base.errors import UserError
+from base.tools.bench import machine
+from base.tools.photographs import make
+
+ROUNDS = 7
+CLASSES, SIZE, STRIDES = 81, (300, 300), (1, 1, 2, 2, 2, 1)
+ASKED = {"step": 4500, "over eager": 1.5, "over reference": 5, "end to end": 0.85, "floor": 0.7}  # on one H200
+DECODER = "decoder (eager: one image, times the batch)"  # the reference takes too long for a whole one
+Times = dict[str, list[float]]
+
+
+def seconds(cases: dict[str, Callable[[], object]], device: torch.device, least: float = 0.02) -> Times:
+    """Seconds a call of each case, ROUNDS of them, interleaved; each is repeated for ``least`` seconds."""
+
+    def once(case: Callable[[], object], repeats: int) -> float:
+        if device.type != "cuda":
+            began = time.perf_counter()
+            for _ in range(repeats):
+                case()
+            return (time.perf_counter() - began) / repeats
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            case()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / repeats
+
+    repeats = {}
+    for name, case in cases.items():
+        for _ in range(5):  # compiles, chooses algorithms, captures
+            case()
+        repeats[name] = max(1, min(1000, round(least / max(once(case, 1), 1e-6))))
+    found: Times = {name: [] for name in cases}
+    for _ in range(ROUNDS):
+        for name, case in cases.items():
+            found[name].append(once(case, repeats[name]))
+    return found
+
+
+def shown(times: list[float], scale: float = 1e3) -> str:
+    """Median and spread, by default in milliseconds."""
+    return f"{median(times) * scale:.3g} ({min(times) * scale:.3g} … {max(times) * scale:.3g})"
+
+
+def bandwidth(device: torch.device, size: int) -> float:
+    """Bytes a second that a copy of ``size`` bytes reads and writes."""
+    a, b = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / median(seconds({"copy": lambda: b.copy_(a)}, device)["copy"])
+
+
+def operations(device: torch.device, side: int, dtype: torch.dtype) -> float:
+    """Operations a second of a matrix product."""
+    a = torch.randn(side, side, device=device).to(dtype)
+    return 2 * side**3 / median(seconds({"product": lambda: a @ a}, device)["product"])
+
+
+def truth(images: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    corner = torch.rand(images, 7, 2, generator=generator) * 0.8
+    size = 0.02 + torch.rand(images, 7, 2, generator=generator) * 0.18
+    labels = torch.randint(1, CLASSES, (images, 7), generator=generator)
+    return torch.cat([corner, corner + size], -1).to(device), labels.to(device)
+
+
+def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], dict[str, Times]]:
+    """Rows of the table of kernels, and their times."""
+    dtype, boxes = precision(device), SSD(2, SIZE, STRIDES, "resnet18").default_boxes.to(device)
+    wide, count = torch.empty((), dtype=dtype).element_size(), len(boxes)
+    pictures = torch.randint(0, 256, (images, *SIZE, 3), dtype=torch.uint8, device=device)
+    given = truth(images, device)
+    targets = match(*given, boxes)
+    offsets, logits = (torch.randn(images, count, n, device=device, dtype=dtype).requires_grad_() for n in (4, CLASSES))
+    predictions = Predictions(offsets, logits)
+    spiky = Predictions(offsets.detach(), logits.detach() * 2)
+    single = Predictions(*(t[:1] for t in spiky))
+    norm = torch.nn.BatchNorm2d(256).to(device)
+    x, shortcut, slope = (
+        torch.randn(images, 256, 38, 38, device=device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_() for _ in range(3)
+    )
+
+    def plain_norm():
+        return torch.relu_(norm(x) + shortcut)
+
+    def backward(result, inputs, slope=None):
+        torch.autograd.grad(result, inputs, slope)
+
+    cases = {  # name: (this backend, eager, bytes)
+        "prologue": (lambda: prologue(pictures, dtype), lambda: step.normalise(pictures).to(dtype), pictures.numel() * (1 + wide)),
+        "matcher": (lambda: match(*given, boxes), lambda: matcher.match(*given, boxes), images * count * 24),
+        "loss, forward and backward": (
+            lambda: backward(multibox_loss(predictions, targets), list(predictions)),
+            lambda: backward(loss.multibox_loss(predictions, targets), list(predictions)),
+            2 * images * count * (CLASSES + 4) * wide,
+        ),
+        DECODER: (lambda: decode(spiky, boxes), lambda: decoder.decode(single, boxes), images * count * CLASSES * wide),
+        "norm + add + ReLU, forward and backward": (
+            lambda: backward(norm_relu(norm, x, shortcut, True), [x, shortcut, norm.weight, norm.bias], slope),
+            lambda: backward(plain_norm(), [x, shortcut, norm.weight, norm.bias], slope),
+            11 * x.numel() * wide,
+        ),
+    }
+    rows = [f"| kernel, {images} images | ms | eager, ms | eager / this | floor, ms | floor / this |", "| --- | --- | --- | --- | --- | --- |"]
+    raw = {}
+    for name, (ours, eager, size) in cases.items():
+        times = raw[name] = seconds({"this": ours, "eager": eager}, device)
+        if name == DECODER:
+            times["eager"] = [t * images for t in times["eager"]]
+        middle = median(times["this"])
+        ratio, floor = median(times["eager"]) / middle, size / rate
+        rows.append(f"| {name} | {shown(times['this'])} | {shown(times['eager'])} | {ratio:.3g} | {floor * 1e3:.3g} | {floor / middle:.2f} |")
+    return rows, raw
+
+
+class EagerStep(step.TrainStep):
+    """What a person writes first: autocast and channels-last, here with this backend's matcher and loss."""
+
+    def forward(self, images: torch.Tensor) -> Predictions:
+        with torch.autocast(self.device.type, precision(self.device)):
+            return self.model(step.normalise(images))
+
+
+def steps(device: torch.device, size: int, images: int, backbone: str) -> dict[str, Callable[[Batch], object]]:
+    """name → a training step on a batch."""
+    built: dict[str, Callable[[Batch], object]] = {}
+    eager = torch.channels_last
+    makers = {
+        "reference": (SSD, optimizer.build_optimizer, step.TrainStep, matcher.match, loss.multibox_loss, torch.contiguous_format),
+        "eager AMP, channels-last": (SSD, optimizer.build_optimizer, EagerStep, match, multibox_loss, eager),
+        "this backend": (FusedSSD, build_optimizer, GraphedStep, match, multibox_loss, eager),
+    }
+    for name, (model, optimise, kind, matches, losses, memory) in makers.items():
+        torch.manual_seed(0)
+        net = model(CLASSES, (size, size), STRIDES, backbone).to(device).to(memory_format=memory)
+        train = kind(net, optimise(net.parameters(), momentum=0.9, weight_decay=5e-4), matches, losses, device, 1, 1)
+        built[name] = lambda batch, train=train: train(batch, 1e-3)
+    return built
+
+
+def from_files(train: Callable[[Batch], object], folder: Path, name: str, images: int, size: int, workers: int, device: torch.device) -> list[float]:
+    """Images a second of training from JPEG files, epoch by epoch; the first is not counted."""
+    loaders = importlib.import_module({"dali": "base.backends.nvidia.dali", "native": "base.backends.cpu.loader"}[name])
+    given = {"annotation_file": folder / "annotations.json", "image_dir": folder / "images", "image_size": (size, size), "seed": 1}
+    loader = loaders.train_loader(**given, batch_size=images, workers=workers)
+    rates = []
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        began = time.perf_counter()
+        for batch in loader:
+            result = train(batch)
+        result.item()
+        rates.append(len(loader) * images / (time.perf_counter() - began))
+    return rates[1:]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m base.backends.nvidia.bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda", help="cpu: only to see that it works, on little work")
+    parser.add_argument("--batch", type=int, default=128, help="images of a batch (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=16, help="threads of the loader (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=None, help="Markdown file; the raw times go beside it as .json")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    small = device.type != "cuda"
+    if small:
+        card, images, size, backbone, workers = "cpu", 2, 300, "resnet18", 1
+    elif not torch.cuda.is_available():
+        print("error: no CUDA device here; --device cpu shows only that the bench works", file=sys.stderr)
+        return 2
+    else:
+        card, images, size, backbone, workers = torch.cuda.get_device_name(device), options.batch, 300, "resnet34", options.workers
+    about = {**machine(), "gpu": card, "torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    about["dali"] = "installed" if importlib.util.find_spec("nvidia.dali") else "not installed"
+    rate, flops = bandwidth(device, 1 << (24 if small else 30)), operations(device, 256 if small else 8192, precision(device))
+    lines = [f"# {card}", "", *(f"- {name}: {value}" for name, value in about.items())]
+    lines += [f"- copy: {rate / 1e9:,.0f} GB/s", f"- matrix product, {precision(device)}: {flops / 1e12:,.1f} TFLOP/s", ""]
+    rows, raw = kernels(device, images, rate)
+    lines += [*rows, ""]
+    print("\n".join(lines), flush=True)
+
+    labels = truth(images, torch.device("cpu"))
+    batch = Batch(torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8), *labels, torch.arange(images), torch.full((images, 2), size))
+    trains = steps(device, size, images, backbone)
+    on_device = Batch(*(t.to(device) for t in batch))
+    times = seconds({name: lambda train=train: train(on_device) for name, train in trains.items()}, device, least=0.5)
+    mine = median(times["this backend"])
+    table = [f"| training step, batch {images}, {backbone} | images/s | this / it |", "| --- | --- | --- |"]
+    for name, each in times.items():
+        table.append(f"| {name} | {shown([images / t for t in each], 1)} | {median(each) / mine:.3g} |")
+    raw["step"] = times
+    with tempfile.TemporaryDirectory(prefix="ssd-bench-") as place:
+        folder = Path(place)
+        make(folder, 4 if small else 128, times=1 if small else max(1, 20 * images // 128))
+        for name in ("native", "dali"):
+            try:
+                rates = from_files(trains["this backend"], folder, name, images, size, workers, device)
+            except (ImportError, UserError, RuntimeError) as error:
+                table.append(f"| from JPEG files, {name} loader | not measured ({' '.join(str(error).split())[:200]}) | |")
+                continue
+            raw[f"from files, {name}"] = {"images/s": rates}
+            table.append(f"| from JPEG files, {name} loader, {workers} threads | {shown(rates, 1)} | {images / mine / median(rates):.3g} |")
+    print("\n".join(table), flush=True)
+    asked = ", ".join(f"{name} {value}" for name, value in ASKED.items())
+    lines += [*table, "", f"Asked of one H200: {asked}."]
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        options.out.with_suffix(".json").write_text(json.dumps({"about": about, "seconds": raw}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,377 @@
+"""Batch norm with the shortcut's addition and ReLU as Triton kernels over channels-last memory.
+
+The floor is memory: 3 tensors' bytes forward (4 with a shortcut) and 5 backward (7), where torch's separate passes move 5 (8) and
+8 (8). Sums are taken in two stages, in an order that depends on the shape alone: the same input gives the same bits.
+"""
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .kernels import LIBRARY, on_kernels
+
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
+CHANNELS = 128  # channels of one program, at most: with fewer, its rows are whole and one stretch of memory
+SUMMED, MAPPED = 4096, 8192  # numbers that a program holds at a time, where it adds up and where it does not
+PROGRAMS = 512  # that add up: about four for each multiprocessor of a large GPU, all running at once, whatever the GPU
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
+FINISHED = 8, 256  # channels of one program of the second stage, and partial sums that it holds at a time
+
+# How the backward pass knows the sign of a ReLU's input: there was none; it is found again from x; by the output's sign.
+ALL, AGAIN, OUTPUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+def fits(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> bool:
+    """Whether `norm_relu` knows this kind of batch norm and input; others are left to torch. What is not channels-last is copied."""
+    plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+    fit = x.dim() == 4 and x.dtype in KINDS and x.numel() > 0 and norm.num_features == x.shape[1]
+    same = shortcut is None or (shortcut.shape, shortcut.dtype, shortcut.device) == (x.shape, x.dtype, x.device)
+    return plain and fit and same and norm.weight.dtype is torch.float32 and norm.weight.device == x.device
+
+
+def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, relu: bool, group: dist.ProcessGroup | None = None) -> Tensor:
+    """ReLU(norm(x) + shortcut) of (N, C, H, W), in channels-last memory; the running statistics change as torch's do.
+
+    With a ``group`` of processes, whose batches must be equally large, statistics are those of all their batches together
+    (group batch norm); gradients of weight and bias are this process's share of the sum. Where nothing here applies torch
+    does it: on the CPU without Triton's interpreter, and where fixed statistics are learned through (evaluation mode with
+    gradients). Raises ValueError if statistics would be of one value a channel, or for a group on the CPU.
+    """
+    ranks = 1 if group is None else dist.get_world_size(group)
+    if norm.training and x.numel() // x.shape[1] * ranks <= 1:
+        raise ValueError(f"batch statistics need more than one value a channel, and x is {tuple(x.shape)}")
+    learned = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, shortcut, norm.weight, norm.bias))
+    if not on_kernels(x) or (learned and not norm.training):
+        if norm.training and ranks > 1:
+            raise ValueError(f"batch norm over {ranks} processes needs a GPU, and x is on {x.device}")
+        y = norm(x) if shortcut is None else norm(x) + shortcut
+        return y.relu() if relu else y
+    if not norm.training:
+        return norm_apply(x, shortcut, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, relu)
+    norm.num_batches_tracked += 1
+    if ranks == 1:
+        mean, variance = norm_statistics(x.detach(), norm.running_mean, norm.running_var, norm.momentum)
+    else:
+        mean, variance = _group_statistics(norm, x.detach(), group, ranks)
+    return _NormReLU.apply(x, shortcut, mean, variance, norm.weight, norm.bias, norm.eps, relu, group, ranks)
+
+
+def _group_statistics(norm: nn.BatchNorm2d, x: Tensor, group: dist.ProcessGroup, ranks: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance over all ranks. Their moments are added in float64, where the squares of far means do not cancel."""
+    mean, variance = (t.double() for t in norm_statistics(x, norm.running_mean, norm.running_var, 0.0))
+    moments = torch.stack([mean, variance + mean * mean])
+    dist.all_reduce(moments, group=group)
+    mean, square = moments / ranks
+    variance = (square - mean * mean).clamp(min=0)
+    count = x.numel() // x.shape[1] * ranks
+    norm.running_mean.lerp_(mean.float(), norm.momentum)
+    norm.running_var.lerp_((variance * (count / (count - 1))).float(), norm.momentum)
+    return mean.float(), variance.float()
+
+
+class _NormReLU(torch.autograd.Function):
+    """The kernels with their gradient; an all-reduce stands between them, so that it is no single operator."""
+
+    @staticmethod
+    def forward(ctx, x, shortcut, mean, variance, weight, bias, epsilon, relu, group, ranks):
+        y = norm_apply(x, shortcut, mean, variance, weight, bias, epsilon, relu)
+        ctx.save_for_backward(x, y if relu and shortcut is not None else None, mean, variance, weight, bias)
+        ctx.epsilon, ctx.relu, ctx.has_shortcut, ctx.group, ctx.ranks = epsilon, relu, shortcut is not None, group, ranks
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        x, y, mean, variance, weight, bias = ctx.saved_tensors
+        slope = _rows(slope)
+        sums, to_weight, passed = norm_sums(slope, x, y, mean, variance, weight, bias, ctx.epsilon, ctx.relu)
+        to_bias = sums[0].clone()
+        if ctx.ranks > 1:
+            dist.all_reduce(sums, group=ctx.group)
+        through = slope if y is None else passed  # with the output at hand, the gradient behind the ReLU has been written
+        again = ctx.relu and y is None
+        to_x = norm_to_input(through, x, mean, variance, weight, bias, sums, ctx.ranks, ctx.epsilon, again)
+        to_shortcut = through if ctx.has_shortcut else None
+        return to_x, to_shortcut, None, None, to_weight, to_bias, None, None, None, None
+
+
+# Operators. Tensors of images are (N, C, H, W) of one dtype, results in channels-last memory; all others float32 (C).
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """In channels-last memory: N·H·W rows of C channels, one after the other."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _blocks(x: Tensor, numbers: int) -> tuple[int, int, int, int]:
+    """(N·H·W, C) of x, and the rows and channels of a program that holds so many numbers at a time."""
+    channels = min(triton.next_power_of_2(x.shape[1]), CHANNELS)
+    return x.numel() // x.shape[1], x.shape[1], numbers // channels, channels
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _per_channel(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(*shape, x.shape[1], device=x.device)
+
+
+def _partial(x: Tensor) -> tuple[tuple[int, int], Tensor, int]:
+    """The grid that adds up all rows of x, room for its partial sums (2, parts, C), and the parts."""
+    rows, count, block, channels = _blocks(x, SUMMED)
+    across = triton.cdiv(count, channels)
+    parts = min(triton.cdiv(rows, block), max(1, PROGRAMS // across))
+    return (parts, across), _per_channel(x, 2, parts), parts
+
+
+@torch.library.custom_op(f"{LIBRARY}::norm_statistics", mutates_args=("running_mean", "running_var"))
+def norm_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """→ mean and variance (not corrected) of each channel; with a momentum, the running ones follow as torch's do.
+
+    Floor: x's bytes, read once, over the memory's bandwidth.
+    """
+    x = _rows(x)
+    mean, variance = _per_channel(x), _per_channel(x)
+    grid, partial, parts = _partial(x)
+    add_moments[grid](x, partial, *_blocks(x, SUMMED), **LAUNCH)
+    rows, count = x.numel() // x.shape[1], x.shape[1]
+    given = x, partial, mean, variance, running_mean, running_var, momentum, rows / max(rows - 1, 1)
+    finish_moments[(triton.cdiv(count, FINISHED[0]),)](*given, rows, count, parts, momentum != 0, *FINISHED, enable_fp_fusion=True)
+    return mean, variance
+
+
+@norm_statistics.register_fake
+def _(x, running_mean, running_var, momentum):
+    return torch.empty_like(running_mean), torch.empty_like(running_mean)
+
+
+@torch.library.custom_op(f"{LIBRARY}::norm_apply", mutates_args=())
+def norm_apply(
+    x: Tensor, shortcut: Tensor | None, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
+) -> Tensor:
+    """→ ReLU((x - mean) / √(variance + epsilon) · weight + bias + shortcut). Floor: 2 tensors' bytes, 3 with a shortcut."""
+    x, y = _rows(x), _like(x)
+    rows, count, block, channels = _blocks(x, MAPPED)
+    grid = triton.cdiv(rows, block), triton.cdiv(count, channels)
+    added = x if shortcut is None else _rows(shortcut)
+    given = x, added, mean, variance, weight, bias, y, epsilon
+    apply[grid](*given, rows, count, block, channels, shortcut is not None, relu, **LAUNCH)
+    return y
+
+
+@norm_apply.register_fake
+def _(x, shortcut, mean, variance, weight, bias, epsilon, relu):
+    return _like(x)
+
+
+@torch.library.custom_op(f"{LIBRARY}::norm_sums", mutates_args=())
+def norm_sums(
+    slope: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """→ (2, C) sums over all rows of the gradient behind the ReLU and of its product with x - mean; the gradient of the weight;
+    and, where the output ``y`` is given, the gradient behind the ReLU, else nothing, of shape (0).
+
+    Floor: 2 tensors' bytes, 4 with ``y``, over the memory's bandwidth.
+    """
+    x, slope = _rows(x), _rows(slope)
+    mode = ALL if not relu else AGAIN if y is None else OUTPUT
+    passed = x.new_empty(0) if y is None else _like(x)
+    sums, to_weight = _per_channel(x, 2), _per_channel(x)
+    grid, partial, parts = _partial(x)
+    given = slope, x, x if y is None else _rows(y), mean, variance, weight, bias, partial, passed, epsilon
+    add_slopes[grid](*given, *_blocks(x, SUMMED), mode.value, **LAUNCH)
+    count = x.shape[1]
+    finish_slopes[(triton.cdiv(count, FINISHED[0]),)](partial, variance, sums, to_weight, epsilon, count, parts, *FINISHED, enable_fp_fusion=True)
+    return sums, to_weight, passed
+
+
+@norm_sums.register_fake
+def _(slope, x, y, mean, variance, weight, bias, epsilon, relu):
+    return mean.new_empty(2, x.shape[1]), torch.empty_like(mean), x.new_empty(0) if y is None else _like(x)
+
+
+@torch.library.custom_op(f"{LIBRARY}::norm_to_input", mutates_args=())
+def norm_to_input(
+    slope: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, ranks: int, epsilon: float, again: bool
+) -> Tensor:
+    """→ the gradient of x, from that behind the ReLU (or, with ``again``, before it) and its sums over all ``ranks``.
+
+    Floor: 3 tensors' bytes over the memory's bandwidth.
+    """
+    x, slope, to_x = _rows(x), _rows(slope), _like(x)
+    rows, count, block, channels = _blocks(x, MAPPED)
+    grid = triton.cdiv(rows, block), triton.cdiv(count, channels)
+    given = slope, x, mean, variance, weight, bias, sums, to_x, epsilon, 1 / (rows * ranks)
+    to_input[grid](*given, rows, count, block, channels, (AGAIN if again else ALL).value, **LAUNCH)
+    return to_x
+
+
+@norm_to_input.register_fake
+def _(slope, x, mean, variance, weight, bias, sums, ranks, epsilon, again):
+    return _like(x)
+
+
+# Kernels. Program (p, q) has a block of rows, or where it adds up every so many-th block, and a block of channels.
+
+
+@triton.jit
+def pivot_of(x, channel, exists):
+    """The first row, where it is a number: near enough to the mean that squares do not cancel."""
+    first = tl.load(x + channel, mask=exists, other=0.0).to(tl.float32)
+    return tl.where(tl.abs(first) < float("inf"), first, 0.0)
+
+
+@triton.jit
+def add_moments(x, partial, rows, count, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """partial (2, parts, C): the sums of x - pivot and of its square over part p of the rows. Floor: x's bytes."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < count
+    pivot = pivot_of(x, channel, exists)[None, :]
+    first = tl.zeros((ROWS, CHANNELS), tl.float32)
+    second = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for block in range(part, tl.cdiv(rows, ROWS), parts):
+        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & exists[None, :]
+        value = tl.load(x + row[:, None] * count + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        apart = tl.where(inside, value - pivot, 0.0)
+        first += apart
+        second += apart * apart
+    to = partial + part * count + channel
+    tl.store(to, tl.sum(first, 0), mask=exists)
+    tl.store(to + parts * count, tl.sum(second, 0), mask=exists)
+
+
+@triton.jit
+def total_of(partial, channel, exists, count, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """The sum over all parts, in float64."""
+    total = tl.zeros((PARTS, CHANNELS), tl.float64)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        inside = (part < parts)[:, None] & exists[None, :]
+        total += tl.load(partial + part[:, None] * count + channel[None, :], mask=inside, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def finish_moments(
+    x, partial, mean, variance, running_mean, running_var, momentum, correction, rows, count, parts, UPDATE: tl.constexpr,
+    CHANNELS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Mean and variance of a block of channels from the partial sums, which are in the cache."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < count
+    apart = total_of(partial, channel, exists, count, parts, CHANNELS, PARTS) / rows
+    square = total_of(partial + parts * count, channel, exists, count, parts, CHANNELS, PARTS) / rows
+    spread = square - apart * apart
+    spread = tl.where(spread < 0, 0.0, spread).to(tl.float32)  # what is not a number stays
+    middle = (pivot_of(x, channel, exists) + apart).to(tl.float32)
+    tl.store(mean + channel, middle, mask=exists)
+    tl.store(variance + channel, spread, mask=exists)
+    if UPDATE:
+        old = tl.load(running_mean + channel, mask=exists)
+        tl.store(running_mean + channel, old + momentum * (middle - old), mask=exists)
+        old = tl.load(running_var + channel, mask=exists)
+        tl.store(running_var + channel, old + momentum * (spread * correction - old), mask=exists)
+
+
+@triton.jit
+def line_of(mean, variance, weight, bias, channel, exists, epsilon):
+    """What makes y of x: (x - mean) · scale + bias."""
+    middle = tl.load(mean + channel, mask=exists, other=0.0)
+    spread = tl.load(variance + channel, mask=exists, other=1.0)
+    scale = tl.load(weight + channel, mask=exists, other=0.0) * tl.rsqrt(spread + epsilon)
+    return middle[None, :], scale[None, :], tl.load(bias + channel, mask=exists, other=0.0)[None, :]
+
+
+@triton.jit
+def apply(
+    x, shortcut, mean, variance, weight, bias, y, epsilon, rows, count, ROWS: tl.constexpr, CHANNELS: tl.constexpr, ADD: tl.constexpr,
+    RELU: tl.constexpr
+):  # fmt: skip
+    """y of a block. Floor: the bytes of x, y and the shortcut, if there is one."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < count
+    inside = (row < rows)[:, None] & exists[None, :]
+    place = row[:, None] * count + channel[None, :]
+    middle, scale, summand = line_of(mean, variance, weight, bias, channel, exists, epsilon)
+    z = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - middle) * scale + summand
+    if ADD:
+        z += tl.load(shortcut + place, mask=inside, other=0.0).to(tl.float32)
+    if RELU:
+        z = tl.where(z < 0, 0.0, z)  # what is not a number passes, as in torch
+    tl.store(y + place, z.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_slopes(
+    slope, x, y, mean, variance, weight, bias, partial, passed, epsilon, rows, count, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    MODE: tl.constexpr
+):  # fmt: skip
+    """partial (2, parts, C): the sums over part p of the rows of the gradient g behind the ReLU and of g · (x - mean).
+
+    A ReLU let through where its input was above zero, or not a number. Floor: the bytes of x and the slope, and with OUTPUT of y
+    and g, which is written.
+    """
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < count
+    middle, scale, summand = line_of(mean, variance, weight, bias, channel, exists, epsilon)
+    first = tl.zeros((ROWS, CHANNELS), tl.float32)
+    second = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for block in range(part, tl.cdiv(rows, ROWS), parts):
+        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < rows)[:, None] & exists[None, :]
+        place = row[:, None] * count + channel[None, :]
+        apart = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - middle
+        g = tl.load(slope + place, mask=inside, other=0.0).to(tl.float32)
+        if MODE == AGAIN:
+            g = tl.where(apart * scale + summand <= 0, 0.0, g)
+        if MODE == OUTPUT:
+            g = tl.where(tl.load(y + place, mask=inside, other=0.0).to(tl.float32) <= 0, 0.0, g)
+            tl.store(passed + place, g.to(passed.dtype.element_ty), mask=inside)
+        first += g
+        second += g * apart  # outside, g is 0
+    to = partial + part * count + channel
+    tl.store(to, tl.sum(first, 0), mask=exists)
+    tl.store(to + parts * count, tl.sum(second, 0), mask=exists)
+
+
+@triton.jit
+def finish_slopes(partial, variance, sums, to_weight, epsilon, count, parts, CHANNELS: tl.constexpr, PARTS: tl.constexpr):
+    """The sums (2, C) of a block of channels, and the weight's gradient, from the partial sums, which are in the cache."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < count
+    first = total_of(partial, channel, exists, count, parts, CHANNELS, PARTS).to(tl.float32)
+    second = total_of(partial + parts * count, channel, exists, count, parts, CHANNELS, PARTS).to(tl.float32)
+    spread = tl.load(variance + channel, mask=exists, other=1.0)
+    tl.store(sums + channel, first, mask=exists)
+    tl.store(sums + count + channel, second, mask=exists)
+    tl.store(to_weight + channel, second * tl.rsqrt(spread + epsilon), mask=exists)
+
+
+@triton.jit
+def to_input(
+    slope, x, mean, variance, weight, bias, sums, to_x, epsilon, share, rows, count, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    MODE: tl.constexpr
+):  # fmt: skip
+    """scale · (g - mean of g - (x - mean) / (variance + epsilon) · mean of g · (x - mean)) of a block. Floor: 3 tensors' bytes."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < count
+    inside = (row < rows)[:, None] & exists[None, :]
+    place = row[:, None] * count + channel[None, :]
+    middle, scale, summand = line_of(mean, variance, weight, bias, channel, exists, epsilon)
+    spread = tl.load(variance + channel, mask=exists, other=1.0) + epsilon
+    level = (tl.load(sums + channel, mask=exists, other=0.0) * share)[None, :]
+    tilt = (tl.load(sums + count + channel, mask=exists, other=0.0) * share / spread)[None, :]
+    apart = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - middle
+    g = tl.load(slope + place, mask=inside, other=0.0).to(tl.float32)
+    if MODE == AGAIN:
+        g = tl.where(apart * scale + summand <= 0, 0.0, g)
+    tl.store(to_x + place, (scale * (g - level - apart * tilt)).to(to_x.dtype.element_ty), mask=inside)

@@ -1,0 +1,145 @@
+"""The training step on NVIDIA GPUs: bf16 (fp16 with loss scaling before Ampere), channels-last, the whole step in one CUDA graph."""
+
+from typing import Any
+
+import torch
+from base.backends.reference.step import TrainStep
+from torch import Tensor, nn
+
+from base.contracts import Batch, Loss, Matcher, Predictions
+
+from .prologue import prologue
+
+EAGER_STEPS = 3  # before the capture: cuDNN chooses its algorithms, Triton compiles, momentum comes into being
+LEAST_BOXES = 64  # boxes of an image that a graph has room for; a batch with more makes a larger one
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """What the device multiplies fastest with enough range: bfloat16 from Ampere on, float16 on Volta and Turing, float32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+class GraphedStep(TrainStep):
+    """The reference's step in another precision, captured once and replayed; weights, statistics and momentum stay float32.
+
+    The first steps run without a graph, and are training like any other. Nothing in the graph waits for the host: the rate is a
+    number on the device, and so is the loss scale. On a CPU it runs eagerly, in float32.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, matcher: Matcher, loss: Loss, device, accumulation: int, world_size: int):
+        device = torch.device(device)
+        super().__init__(model.to(memory_format=torch.channels_last), optimizer, matcher, loss, device, accumulation, world_size)
+        self.dtype = precision(device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.rate = torch.zeros((), device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()  # images, boxes and labels that the graph reads
+        self.result: Tensor | None = None  # the loss that it writes
+        self.steps = 0
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch, learning_rate: float) -> Tensor:
+        """Trains on one batch and returns this rank's loss, a detached float32 scalar on the device."""
+        self.model.train()
+        self.rate.fill_(learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate if self.device.type == "cuda" else learning_rate
+        images, boxes, labels = self.on_device(batch)
+        if self.device.type != "cuda":
+            return self.train_on(images, boxes, labels)
+        room = max(LEAST_BOXES, 1 << (boxes.shape[1] - 1).bit_length())
+        self.steps += 1
+        if self.steps <= EAGER_STEPS:
+            return self.eagerly(images, boxes, labels)
+        if self.graph is None or images.shape != self.inputs[0].shape or room > self.inputs[1].shape[1]:
+            self.capture(images, room)
+        for still, given in zip(self.inputs, (images, boxes, labels), strict=True):
+            if still.dim() != images.dim():
+                still[:, given.shape[1] :].zero_()  # padding
+                still = still[:, : given.shape[1]]
+            still.copy_(given)
+        self.graph.replay()
+        return self.result.clone()  # the next replay writes over it
+
+    def on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, boxes and labels on the device; from the host's memory on a stream of their own, beside the step before."""
+        given = batch.images, batch.boxes, batch.labels
+        if self.copies is None or batch.images.device.type == "cuda":
+            return tuple(t.to(self.device) for t in given)
+        now = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.copies):
+            moved = tuple(t.pin_memory().to(self.device, non_blocking=True) for t in given)
+        now.wait_stream(self.copies)
+        for tensor in moved:
+            tensor.record_stream(now)
+        return moved
+
+    def eagerly(self, *given: Tensor) -> Tensor:
+        """A step without a graph, on a side stream, as a capture asks of what comes before it."""
+        side, now = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        side.wait_stream(now)
+        with torch.cuda.stream(side):
+            loss = self.train_on(*given)
+        now.wait_stream(side)
+        for tensor in given:
+            tensor.record_stream(side)
+        loss.record_stream(now)
+        return loss
+
+    def capture(self, images: Tensor, room: int) -> None:
+        """Captures the step for images of this shape and up to ``room`` boxes an image."""
+        self.graph, self.result = None, None  # gives the earlier one's memory back
+        boxes = torch.zeros(len(images), room, 4, device=self.device)
+        self.inputs = torch.empty_like(images), boxes, torch.zeros(boxes.shape[:2], dtype=torch.long, device=self.device)
+        self.optimizer.zero_grad()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's threads may use the device meanwhile
+            self.result = self.train_on(*self.inputs)
+        self.graph = graph
+
+    def train_on(self, images: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+        """Everything of a step that runs on the device."""
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for part in zip(*(t.chunk(self.accumulation) for t in (images, boxes, labels)), strict=True):
+            predictions = self.forward(part[0])
+            targets = self.matcher(*part[1:], self.model.default_boxes)
+            loss = self.loss(predictions, targets) * (len(part[0]) / len(images))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if self.world_size > 1:
+            self._average_over_ranks()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
+
+    def forward(self, images: Tensor) -> Predictions:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            return self.model(prologue(images, self.dtype))
+
+    def state_dict(self) -> dict:
+        """The loss scale, where there is one."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError if the state is of a step with a loss scale and this one has none, or the other way round."""
+        if bool(state) != self.scaler.is_enabled():
+            has, this = ("a", "none") if state else ("no", "one")
+            raise ValueError(f"the checkpoint has {has} loss scale, and a step in {self.dtype} needs {this}")
+        if state:
+            self.scaler.load_state_dict(state)
+
+
+def build_step(
+    *, model: nn.Module, optimizer: Any, matcher: Matcher, loss: Loss, device, accumulation: int = 1, world_size: int = 1
+) -> GraphedStep:
+    """A `GraphedStep` for one rank."""
+    return GraphedStep(model, optimizer, matcher, loss, device, accumulation, world_size)
+
+
+def build_optimizer(parameters, *, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD in one kernel for all parameters; its rate and loss scale stay on the device."""
+    return torch.optim.SGD(parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True)

@@ -1,0 +1,48 @@
+"""What runs in processes of its own: the kernels through Triton's interpreter, which must be chosen before Triton is imported, and
+what every backend is held to, for which this one is chosen by name where there is no GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+ON_KERNELS = "match or loss or gradients or decode or kept or limit or best or nothing_found or finite"
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="here these tests are collected themselves"
+)
+
+
+def passed(*arguments: str, interpreted: bool) -> int:
+    """Runs pytest on the CPU; → how many tests passed, of which none may be skipped."""
+    chosen = {"TRITON_INTERPRET": str(int(interpreted)), "SSD_TEST_BACKENDS": "nvidia", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    environment = {**os.environ, **chosen}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+def test_kernels_in_the_interpreter(file):
+    assert passed(str(file), interpreted=True) > 3
+
+
+def test_golden_data_in_the_interpreter():
+    assert passed("tests/test_golden.py", interpreted=True) > 15
+
+
+@pytest.mark.long
+def test_what_every_backend_must_do_in_the_interpreter():
+    assert passed("tests/test_components.py", "-k", f"nvidia and ({ON_KERNELS}) and not step", interpreted=True) > 15
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("file", ["components", "loader", "augment", "weights"])
+def test_what_every_backend_must_do_on_the_cpu(file):
+    assert passed(f"tests/test_{file}.py", "-k", "nvidia", interpreted=False) > 3

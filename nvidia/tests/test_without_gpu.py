@@ -1,0 +1,68 @@
+"""On the CPU, without Triton's interpreter, the reference and torch do the work."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from base.backends.nvidia.decoder import decode
+from base.backends.nvidia.kernels import interpreted
+from base.backends.nvidia.norm import norm_relu
+from base.backends.reference import decoder as reference
+from torch import nn
+
+from base.boxes import default_boxes
+from base.contracts import Predictions
+from tests.conftest import ROOT, losses
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="Triton's interpreter has the kernels run on the CPU")
+
+
+def test_decoding():
+    boxes = default_boxes((300, 300), ((4, 4), (3, 3), (2, 2), (2, 2), (1, 1), (1, 1)))
+    predictions = Predictions(torch.randn(2, len(boxes), 4), torch.randn(2, len(boxes), 5) * 3)
+    for found, want in zip(decode(predictions, boxes), reference.decode(predictions, boxes), strict=True):
+        assert len(want.scores) > 20 and all(map(torch.equal, found, want))
+    with pytest.raises(ValueError, match="negative"):
+        decode(predictions, boxes, max_detections=-1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_shortcut", [True, False])
+def test_batch_norm(with_shortcut, training):
+    norm, x = nn.BatchNorm2d(5).train(training), torch.randn(3, 5, 4, 4, requires_grad=True)
+    own, shortcut = copy.deepcopy(norm), torch.randn(3, 5, 4, 4) if with_shortcut else None
+    y, want = norm_relu(own, x, shortcut, True), (norm(x) + (shortcut if with_shortcut else 0)).relu()
+    assert torch.equal(y, want) and all(map(torch.equal, own.buffers(), norm.buffers()))
+    assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in (y, want)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_one_line_says_what_is_missing_and_what_runs_here(train):
+    done = train("--name", "nvidia", "--max_steps", "1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: backend nvidia needs a cuda device and this machine has none; --name cpu runs here, "
+        "and --device cpu takes what nvidia does on a CPU"
+    ]
+
+
+def test_a_run_on_the_cpu(train, tmp_path):
+    done = train("--name", "nvidia", "--device", "cpu", "--max_steps", "2", "--target", "null", "--log_every", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.long
+def test_the_bench_works(tmp_path):
+    """On the CPU and little work: its figures say nothing."""
+    command = [sys.executable, "-m", "base.backends.nvidia.bench", "--device", "cpu", "--out", str(tmp_path / "cpu.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "cpu.md").read_text()
+    for row in ("prologue", "matcher", "loss, forward", "decoder", "norm + add", "this backend", "native loader", "dali loader"):
+        assert re.search(rf"^\| .*{re.escape(row)}.*\d", text, re.M), text
+    assert "not measured" not in text and set(json.loads((tmp_path / "cpu.json").read_text())) == {"about", "seconds"}
