@@ -49,7 +49,7 @@ def multibox_op(offsets: Tensor, logits: Tensor, wanted: Tensor, labels: Tensor)
         cross_entropies[(triton.cdiv(rows, some),)](logits, labels, entropies, rows, classes, some, triton.next_power_of_2(classes))
         whole = min(triton.next_power_of_2(count), WHOLE)
         given = offsets, wanted, labels, entropies, losses, chosen, positives
-        select[(images,)](*given, count, whole, num_warps=max(1, min(32, whole // 256)))
+        select[(images,)](*given, count, whole, count <= whole, num_warps=max(1, min(32, whole // 256)))
     return losses, chosen, positives
 
 
@@ -119,7 +119,20 @@ def hardness(entropies, labels, number, inside):
 
 
 @triton.jit
-def select(offsets, wanted, labels, entropies, losses, chosen, positives, count, BLOCK: tl.constexpr):
+def how_many(least, keys, entropies, labels, count, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
+    """Negatives that are at least so hard. ``TOGETHER``: one block holds all default boxes, and their ``keys`` are in registers."""
+    if TOGETHER:
+        reached = tl.sum((keys >= least).to(tl.int32), 0)
+    else:
+        reached = 0
+        for start in range(0, count, BLOCK):
+            number = start + tl.arange(0, BLOCK)
+            reached += tl.sum((hardness(entropies, labels, number, number < count) >= least).to(tl.int32), 0)
+    return reached
+
+
+@triton.jit
+def select(offsets, wanted, labels, entropies, losses, chosen, positives, count, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
     """One image: its positives' losses, and the hardest negatives', three for each positive, found by bisecting their bits.
 
     Of negatives as hard as the last one taken, the first are taken. Everything it reads again comes from the cache.
@@ -143,18 +156,13 @@ def select(offsets, wanted, labels, entropies, losses, chosen, positives, count,
         total += tl.sum(tl.where(positive, loss, 0.0), 0)
 
     wish = tl.minimum(RATIO * positive_count, count - positive_count)
+    first_block = tl.arange(0, BLOCK)
+    keys = hardness(entropies, labels, first_block, first_block < count)
     least = 0  # the largest number that at least `wish` negatives reach
     for step in range(31):
         candidate = least | (1 << (30 - step))
-        reached = 0
-        for start in range(0, count, BLOCK):
-            number = start + tl.arange(0, BLOCK)
-            reached += tl.sum((hardness(entropies, labels, number, number < count) >= candidate).to(tl.int32), 0)
-        least = tl.where(reached >= wish, candidate, least)
-    above = 0
-    for start in range(0, count, BLOCK):
-        number = start + tl.arange(0, BLOCK)
-        above += tl.sum((hardness(entropies, labels, number, number < count) > least).to(tl.int32), 0)
+        least = tl.where(how_many(candidate, keys, entropies, labels, count, BLOCK, TOGETHER) >= wish, candidate, least)
+    above = how_many(least + 1, keys, entropies, labels, count, BLOCK, TOGETHER)
 
     equal_before = 0
     for start in range(0, count, BLOCK):

@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from base.backends.reference.step import TrainStep
 from torch import Tensor, nn
+from torch.nn import functional
 
 from base.contracts import Batch, Loss, Matcher, Predictions
 
 from .prologue import prologue
 
 EAGER_STEPS = 3  # before the capture: cuDNN chooses its algorithms, Triton compiles, momentum comes into being
-LEAST_BOXES = 64  # boxes of an image that a graph has room for; a batch with more makes a larger one
+LEAST_BOXES = 64  # boxes of an image that a step has room for; a batch with more makes a graph with twice the room
 
 
 def precision(device: torch.device) -> torch.dtype:
@@ -37,7 +38,7 @@ class GraphedStep(TrainStep):
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()  # images, boxes and labels that the graph reads
         self.result: Tensor | None = None  # the loss that it writes
-        self.steps = 0
+        self.steps, self.room = 0, LEAST_BOXES
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch, learning_rate: float) -> Tensor:
@@ -49,17 +50,16 @@ class GraphedStep(TrainStep):
         images, boxes, labels = self.on_device(batch)
         if self.device.type != "cuda":
             return self.train_on(images, boxes, labels)
-        room = max(LEAST_BOXES, 1 << (boxes.shape[1] - 1).bit_length())
+        self.room = max(self.room, 1 << (boxes.shape[1] - 1).bit_length())
+        space = self.room - boxes.shape[1]
+        given = images, functional.pad(boxes, (0, 0, 0, space)), functional.pad(labels, (0, space))
         self.steps += 1
         if self.steps <= EAGER_STEPS:
-            return self.eagerly(images, boxes, labels)
-        if self.graph is None or images.shape != self.inputs[0].shape or room > self.inputs[1].shape[1]:
-            self.capture(images, room)
-        for still, given in zip(self.inputs, (images, boxes, labels), strict=True):
-            if still.dim() != images.dim():
-                still[:, given.shape[1] :].zero_()  # padding
-                still = still[:, : given.shape[1]]
-            still.copy_(given)
+            return self.eagerly(*given)
+        if self.graph is None or any(still.shape != now.shape for still, now in zip(self.inputs, given, strict=True)):
+            self.capture(given)
+        for still, now in zip(self.inputs, given, strict=True):
+            still.copy_(now)
         self.graph.replay()
         return self.result.clone()  # the next replay writes over it
 
@@ -88,11 +88,10 @@ class GraphedStep(TrainStep):
         loss.record_stream(now)
         return loss
 
-    def capture(self, images: Tensor, room: int) -> None:
-        """Captures the step for images of this shape and up to ``room`` boxes an image."""
+    def capture(self, given: tuple[Tensor, ...]) -> None:
+        """Captures the step for images, boxes and labels of these shapes."""
         self.graph, self.result = None, None  # gives the earlier one's memory back
-        boxes = torch.zeros(len(images), room, 4, device=self.device)
-        self.inputs = torch.empty_like(images), boxes, torch.zeros(boxes.shape[:2], dtype=torch.long, device=self.device)
+        self.inputs = tuple(map(torch.empty_like, given))
         self.optimizer.zero_grad()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()

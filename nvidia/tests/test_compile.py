@@ -23,7 +23,7 @@ KERNELS = {  # kernel: (types of what it is given, constants)
         {"logits": "*bf16", "labels": "*i64", "entropies": "*fp32", "rows": "i32", "classes": "i32"},
         {"ROWS": loss.ROWS, "WIDTH": 128},
     ),
-    loss.select: ({**SELECTING, "count": "i32"}, {"BLOCK": loss.WHOLE}),
+    loss.select: ({**SELECTING, "count": "i32"}, {"BLOCK": loss.WHOLE, "TOGETHER": True}),
     loss.gradients: (GRADIENTS, {"ROWS": loss.ROWS, "WIDTH": 128}),
     prologue.normalise_bytes: ({"images": "*u8", "out": "*bf16", "count": "i32"}, {"CHANNELS": 3, "BLOCK": prologue.BLOCK}),
 }
