@@ -2,7 +2,7 @@
 
 import pytest
 import triton
-from base.backends.nvidia import loss, matcher, prologue
+from base.backends.nvidia import jitter, loss, matcher, prologue
 from base.backends.nvidia.kernels import interpreted
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -16,6 +16,7 @@ GRADIENTS = {
     "slopes": "*fp32", "offsets": "*bf16", "logits": "*bf16", "wanted": "*fp32", "labels": "*i64", "chosen": "*u8", "positives": "*i32",
     "to_offsets": "*bf16", "to_logits": "*bf16", "rows": "i32", "count": "i32", "classes": "i32",
 }
+JITTER = {"images": "*u8", "factors": "*fp32", "order": "*i32", "sums": "*i64", "pixels": "i32"}
 KERNELS = {  # kernel: (types of what it is given, constants)
     matcher.find_best: (MATCHING, {"BLOCK": matcher.BLOCK}),
     matcher.assign: (ASSIGNING, {"BLOCK": matcher.BLOCK}),
@@ -25,6 +26,8 @@ KERNELS = {  # kernel: (types of what it is given, constants)
     ),
     loss.select: ({**SELECTING, "count": "i32"}, {"BLOCK": loss.WHOLE, "TOGETHER": True}),
     loss.gradients: (GRADIENTS, {"ROWS": loss.ROWS, "WIDTH": 128}),
+    jitter.add_grey: (JITTER, {"BLOCK": jitter.PIXELS}),
+    jitter.apply_changes: ({**JITTER, "out": "*u8"}, {"BLOCK": jitter.PIXELS}),
     prologue.normalise_bytes: ({"images": "*u8", "out": "*bf16", "count": "i32"}, {"CHANNELS": 3, "BLOCK": prologue.BLOCK}),
 }
 

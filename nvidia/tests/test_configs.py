@@ -1,5 +1,7 @@
 """NVIDIA's configurations: each value of the recipes as published."""
 
+import subprocess
+
 import pytest
 
 from base.backends import backend_folder
@@ -41,3 +43,9 @@ def test_recipes_are_as_published(name):
     assert (c.image_size, c.strides, c.backbone) == ((300, 300), (1, 1, 2, 2, 2, 1), "resnet34")
     assert (c.score_threshold, c.iou_threshold, c.max_detections) == (0.05, 0.5, 200)
     assert c.use == ({"loader": "cpu"} if name.startswith("nodali") else {})
+
+
+def test_the_environment_keeps_what_is_set():
+    script = f"set -eu; source {FOLDER}/config/environment_variables.sh; echo $CUDA_DEVICE_ORDER $CUDA_MODULE_LOADING"
+    done = subprocess.run(["bash", "-c", script], env={"CUDA_MODULE_LOADING": "LAZY"}, capture_output=True, text=True, check=True)
+    assert done.stdout == "PCI_BUS_ID LAZY\n"
