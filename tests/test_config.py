@@ -45,9 +45,9 @@ def test_every_shipped_configuration_resolves(backend_name, config):
     assert resolved.sources.keys() <= Config.model_fields.keys()
     if counts := COUNTS.fullmatch(config):
         assert (resolved.config.nodes, resolved.config.devices) == (int(counts["nodes"]), int(counts["devices"]))
-    # MLPerf's compliance checker wants the rate to fall at tenths of epochs 40 and 50
-    tenths = [epoch * 10 / usual for epoch, usual in zip(resolved.config.decay_epochs, (40, 50), strict=True)]
-    assert tenths[0] == tenths[1] and tenths[0].is_integer()
+    if config == "demo":  # whose log MLPerf's compliance checker reads: it wants the rate to fall at tenths of epochs 40 and 50
+        tenths = [epoch * 10 / usual for epoch, usual in zip(resolved.config.decay_epochs, (40, 50), strict=True)]
+        assert tenths[0] == tenths[1] and tenths[0].is_integer()
 
 
 @pytest.mark.parametrize("backend_name, config", PUBLISHED)
