@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+KINDS = (torch.float32, torch.bfloat16)  # of floating-point numbers that it works on
 
 def as_array(tensor: Tensor) -> np.ndarray:
     """The tensor's memory as NumPy sees it, bfloat16 as 16-bit integers; copied only if its rows are not contiguous."""

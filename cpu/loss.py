@@ -8,9 +8,7 @@ from torch.autograd.function import once_differentiable
 from base.contracts import Predictions, Targets
 
 from . import _loss
-from .arrays import as_array
-
-KINDS = (torch.float32, torch.bfloat16)
+from .arrays import KINDS, as_array
 
 
 def multibox_loss(predictions: Predictions, targets: Targets) -> Tensor:

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import _norm
-from .arrays import as_array
-
-KINDS = (torch.float32, torch.bfloat16)
+from .arrays import KINDS, as_array
 
 
 def fits(norm: nn.Module, *tensors: Tensor | None) -> bool:

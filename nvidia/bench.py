@@ -30,10 +30,10 @@ from base.backends.reference.model import SSD
 from base.contracts import Batch, Predictions
 from base.errors import UserError
 from base.tools.bench import machine
+from base.tools.bench_parts import CLASSES, SIZE, STRIDES, truth
 from base.tools.photographs import make
 
 ROUNDS = 7
-CLASSES, SIZE, STRIDES = 81, (300, 300), (1, 1, 2, 2, 2, 1)
 ASKED = {"step": 4500, "over eager": 1.5, "over reference": 5, "end to end": 0.85, "floor": 0.7}  # on one H200
 DECODER = "decoder (eager: one image, times the batch)"  # the reference takes too long for a whole one
 Times = dict[str, list[float]]
@@ -85,20 +85,12 @@ def operations(device: torch.device, side: int, dtype: torch.dtype) -> float:
     return 2 * side**3 / median(seconds({"product": lambda: a @ a}, device)["product"])
 
 
-def truth(images: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    corner = torch.rand(images, 7, 2, generator=generator) * 0.8
-    size = 0.02 + torch.rand(images, 7, 2, generator=generator) * 0.18
-    labels = torch.randint(1, CLASSES, (images, 7), generator=generator)
-    return torch.cat([corner, corner + size], -1).to(device), labels.to(device)
-
-
 def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], dict[str, Times]]:
     """Rows of the table of kernels, and their times."""
     dtype, boxes = precision(device), SSD(2, SIZE, STRIDES, "resnet18").default_boxes.to(device)
     wide, count = torch.empty((), dtype=dtype).element_size(), len(boxes)
     pictures = torch.randint(0, 256, (images, *SIZE, 3), dtype=torch.uint8, device=device)
-    given = truth(images, device)
+    given = tuple(t.to(device) for t in truth(images, 7))
     targets = match(*given, boxes)
     offsets, logits = (torch.randn(images, count, n, device=device, dtype=dtype).requires_grad_() for n in (4, CLASSES))
     predictions = Predictions(offsets, logits)
@@ -208,7 +200,7 @@ def main(arguments: list[str]) -> int:
     lines += [*rows, ""]
     print("\n".join(lines), flush=True)
 
-    labels = truth(images, torch.device("cpu"))
+    labels = truth(images, 7)
     batch = Batch(torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8), *labels, torch.arange(images), torch.full((images, 2), size))
     trains = steps(device, size, images, backbone)
     on_device = Batch(*(t.to(device) for t in batch))

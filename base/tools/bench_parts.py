@@ -147,7 +147,8 @@ def loader(log, names: list[str]) -> list[Figure]:
         return figures + compared("loader", "", own, work, PHOTOGRAPHS * TIMES, "images/s", 7, {"decoding alone, PIL": whole})
 
 
-def _truth(images: int, boxes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def truth(images: int, boxes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same random boxes (N, M, 4) ltrb and labels (N, M) each time."""
     generator = torch.Generator().manual_seed(1)
     corner = torch.rand(images, boxes, 2, generator=generator) * 0.8
     size = 0.02 + torch.rand(images, boxes, 2, generator=generator) * 0.18
@@ -162,7 +163,7 @@ def matcher(log, names: list[str]) -> list[Figure]:
     """Matching a batch of 32 images to 8,732 default boxes: 7 boxes an image, then 500."""
     defaults, figures = _default_boxes(), []
     for count, rounds in ((7, 30), (500, 5)):
-        boxes, labels = _truth(IMAGES, count)
+        boxes, labels = truth(IMAGES, count)
         found = {name: load_backend(name).matcher for name in names}
         own: Cases = {name: lambda match=match, boxes=boxes, labels=labels: match(boxes, labels, defaults) for name, match in found.items()}
         figures += compared("matcher", f"{count} boxes", own, SimpleNamespace(boxes=boxes, labels=labels), IMAGES, "images/s", rounds)
@@ -173,7 +174,7 @@ def loss(log, names: list[str]) -> list[Figure]:
     """Loss forward and backward, batch 32, 8,732 default boxes, 81 classes, 7 boxes an image; float32 and bfloat16 logits. Then
     the resident memory at its peak, above that before, as a multiple of the logits' bytes: gradients are part of it."""
     defaults, figures = _default_boxes(), []
-    boxes, labels = _truth(IMAGES, 7)
+    boxes, labels = truth(IMAGES, 7)
     targets = load_backend("reference").matcher(boxes, labels, defaults)
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.randn(IMAGES, len(defaults), CLASSES).to(dtype).requires_grad_()
@@ -247,7 +248,7 @@ def step(log, names: list[str]) -> list[Figure]:
     """A whole training step of SSD300-ResNet34 on batch 32, 81 classes, and beside it the machine's convolution rate
     (3×3, 256 → 256 channels at 38×38, batch 32, bf16 and float32), as the images/s that it would allow."""
     images = torch.randint(0, 256, (IMAGES, *SIZE, 3), dtype=torch.uint8)
-    batch = Batch(images, *_truth(IMAGES, 7), torch.arange(IMAGES), torch.full((IMAGES, 2), 300))
+    batch = Batch(images, *truth(IMAGES, 7), torch.arange(IMAGES), torch.full((IMAGES, 2), 300))
     log("three rounds; the reference takes half a minute in each")
     own: Cases = {}
     for name in names:
