@@ -191,7 +191,7 @@ def check_data(config: Config) -> None:
 def check_backend(name: str, resolved: Resolved):
     """Loads the backend, counts devices, builds the model and reads the backbone file into it: all that can fail early."""
     from base.backend import load_backend
-    from base.distributed import device_type, devices_here
+    from base.distributed import check_cards, device_names, device_type, devices_here
     from base.weights import load_backbone
 
     config = resolved.config
@@ -213,6 +213,7 @@ def check_backend(name: str, resolved: Resolved):
             f"the configuration wants {config.devices} device{'s' * (config.devices != 1)} a node and this machine has {what}; "
             "choose a configuration that fits (--list), pass --nproc N, or --device cpu --nproc N for N processes on the CPU"
         )
+    check_cards(name, backend.cards, device_names(kind)[: config.devices])
     model = backend.model(num_classes=2, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
     if config.backbone_path:
         load_backbone(model, config.backbone_path)

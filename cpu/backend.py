@@ -9,11 +9,13 @@ from .loss import multibox_loss
 from .matcher import match
 from .model import build_model
 from .step import build_optimizer, build_step
+from .telemetry import HostSensor
 
 BACKEND = Backend(
     name="cpu",
     device="cpu",
     distributed="gloo",
+    telemetry=HostSensor,
     train_loader=train_loader,
     eval_loader=eval_loader,
     model=build_model,
