@@ -78,10 +78,10 @@ def device_names(kind: str) -> list[str]:
     return [] if kind == "cpu" else [torch.get_device_module(kind).get_device_name(index) for index in range(devices_here(kind))]
 
 
-def check_cards(backend: str, cards: str | None, names: list[str]) -> None:
-    """Raises UserError if the name of a device does not begin as `Backend.cards` says: another vendor's torch has the same device type."""
-    if other := [name for name in names if cards and not re.match(cards, name)]:
-        what = f"backend {backend} is for devices whose names begin with {cards}, and this machine has {other[0]!r}"
+def check_cards(backend, names: list[str]) -> None:
+    """Raises UserError if a device's name does not begin as ``backend.cards`` says: another vendor's torch has the same device type."""
+    if other := [name for name in names if backend.cards and not re.match(backend.cards, name)]:
+        what = f"backend {backend.name} is for devices whose names begin with {backend.cards}, and this machine has {other[0]!r}"
         raise UserError(f"{what}; --list shows the other backends")
 
 

@@ -29,6 +29,7 @@ DEFAULT_CONFIG = "demo"
 ALIASES = {"nproc": "devices", "nproc_per_node": "devices", "nnodes": "nodes", "pretrained_backbone": "backbone_path"}
 # What may change when a run is resumed: nothing that alters the training so far.
 RESUMABLE = {"workers", "epochs", "max_steps", "target", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "timeout", "device"}
+RESUMABLE |= {"telemetry_seconds"}
 LAYOUT = "train2017/, val2017/, annotations/instances_train2017.json and annotations/instances_val2017.json"
 
 
@@ -213,7 +214,7 @@ def check_backend(name: str, resolved: Resolved):
             f"the configuration wants {config.devices} device{'s' * (config.devices != 1)} a node and this machine has {what}; "
             "choose a configuration that fits (--list), pass --nproc N, or --device cpu --nproc N for N processes on the CPU"
         )
-    check_cards(name, backend.cards, device_names(kind)[: config.devices])
+    check_cards(backend, device_names(kind)[: config.devices])
     model = backend.model(num_classes=2, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
     if config.backbone_path:
         load_backbone(model, config.backbone_path)

@@ -1,11 +1,9 @@
-"""What devices draw: memory, power, utilisation and clock, read in the background and summed up by phase of the run.
-
-A backend states how its devices are read (`Backend.telemetry`). Nothing here waits for a device, and no fault of a sensor ends a run.
-"""
+"""What devices draw, read in the background and summed up by phase of the run; no fault of a sensor ends it."""
 
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,27 +22,14 @@ class Reading(NamedTuple):
 
 
 class Sensor(Protocol):
-    """Reads one device, in a thread of its own; ``read`` raises whatever it likes once it no longer can."""
+    """Reads one device, in a thread of its own, where it is opened too; ``read`` raises whatever it likes if it cannot."""
 
-    missing: str  # why power is not known and what would help; "" if it is known, or told by another rank's sensor
+    missing: str  # after the first reading: why power is not known and what would help; "" if it is, or another rank's sensor tells it
 
     def read(self) -> Reading: ...
 
 
-class NoSensor:
-    """For a device whose sensor could not be opened: tells nothing but why."""
-
-    def __init__(self, missing: str):
-        self.missing = missing
-
-    def read(self) -> Reading:
-        return Reading()
-
-
-class MakeSensor(Protocol):
-    """`Backend.telemetry`: the sensor of a rank's device. Raises UserError if a package is not installed."""
-
-    def __call__(self, device: torch.device, local_rank: int) -> Sensor: ...
+MakeSensor = Callable[[torch.device, int], Sensor]  # of a rank's device and local rank; UserError: a package is missing
 
 
 class Sampler:
@@ -52,12 +37,11 @@ class Sampler:
 
     def __init__(self, make: MakeSensor | None, seconds: float, device: torch.device, local_rank: int):
         self.sensor, self.seconds = make(device, local_rank) if make and seconds else None, seconds
-        self.missing = self.sensor.missing if self.sensor else "telemetry_seconds is 0" if make else "the backend has no sensor"
-        self.lock, self.stopping = threading.Lock(), threading.Event()
+        self.missing = "" if self.sensor else "telemetry_seconds is 0" if make else "the backend has no sensor"
+        self.lock, self.stopping, self.thread = threading.Lock(), threading.Event(), threading.Thread(target=self._run, daemon=True)
         self.phase, self.since, self.last = "set-up", time.monotonic(), Reading()
         self.spent: Counter[str] = Counter()  # phase → seconds since the last reading
         self.sums: dict[str, Counter[str]] = {}  # phase → what `record` has not fetched yet: value · seconds, and seconds
-        self.thread = threading.Thread(target=self._run, daemon=True)
         if self.sensor:
             self.thread.start()
 
@@ -71,20 +55,19 @@ class Sampler:
     def close(self) -> None:
         """Ends the thread; a reading that hangs is left behind."""
         self.stopping.set()
-        if self.sensor:
+        if self.thread.is_alive():
             self.thread.join(10)
 
     def _run(self) -> None:
-        while True:
-            try:
+        try:
+            while not self.stopping.is_set():
                 reading = self.sensor.read()
-            except Exception as error:  # noqa: BLE001 (a vendor's library may raise anything)
-                self.missing = f"its sensor stopped working: {error or type(error).__name__}"
-                return
-            with self.lock:
-                self._add(reading)
-            if self.stopping.wait(self.seconds):
-                return
+                self.missing = self.sensor.missing
+                with self.lock:
+                    self._add(reading)
+                self.stopping.wait(self.seconds)
+        except Exception as error:  # noqa: BLE001 (a vendor's library may raise anything)
+            self.missing = f"its sensor does not work: {error or type(error).__name__}"
 
     def _spend(self) -> None:
         now = time.monotonic()
@@ -103,7 +86,7 @@ class Sampler:
             sums = self.sums.setdefault(phase, Counter())
             for name, value in (("watts", watts), ("utilisation", now.utilisation), ("clock_hz", now.clock_hz)):
                 if value is not None:
-                    sums[name], sums["s " + name] = sums[name] + value * seconds, sums["s " + name] + seconds
+                    sums.update({name: value * seconds, "s " + name: seconds})
             sums["memory_bytes"] = max(sums["memory_bytes"], now.memory_bytes or 0)
         self.spent.clear()
 
@@ -124,23 +107,20 @@ def record(sampler: Sampler, ranks, records, progress) -> None:
     progress.unmeasured = missing
     for phase in dict.fromkeys(phase for sums, _ in gathered for phase in sums):
         each = [sums[phase] for sums, _ in gathered if phase in sums]
-        total = sum(each, Counter())
-        mean = {name: total[name] / total["s " + name] if total["s " + name] else None for name in ("watts", "utilisation", "clock_hz")}
-        known, each_watts = sum("watts" in sums for sums in each), mean.pop("watts")
-        power = {"power_watts": each_watts * known, "joules": total["watts"]} if known else {}
-        memory, seconds = max(sums["memory_bytes"] for sums in each), max(sums["s watts"] for sums in each)
+        total, memory, known = sum(each, Counter()), max(sums["memory_bytes"] for sums in each), sum("watts" in sums for sums in each)
+        mean = {name: total[name] / (total["s " + name] or 1) if any(name in sums for sums in each) else None for name in ("utilisation", "clock_hz")}
+        watts, seconds = known * total["watts"] / (total["s watts"] or 1), max(sums["s watts"] for sums in each)
+        power = {"power_watts": watts, "joules": total["watts"]} if known else {}
         records.metric("telemetry", phase=phase, step=progress.step, memory_bytes=memory, **power, **mean)
         progress.memory_bytes = max(progress.memory_bytes, memory)
         if phase == "training" and known and not missing:
-            progress.joules += power["power_watts"] * seconds
-            progress.joules_seconds += seconds
+            progress.joules, progress.joules_seconds = progress.joules + watts * seconds, progress.joules_seconds + seconds
 
 
 def whole_run(progress, images: int) -> dict[str, float | None]:
     """Most memory in use on a device; mean power of all devices in training, its energy, and ``images`` for each joule of it."""
-    found = {"memory_bytes": progress.memory_bytes or None, "power_watts": None, "joules": None, "images_per_joule": None}
+    watts = joules = None
     if progress.joules > 0 and progress.joules_seconds >= LEAST_COVERED * progress.train_seconds:
         watts = progress.joules / progress.joules_seconds
         joules = watts * progress.train_seconds
-        found |= {"power_watts": watts, "joules": joules, "images_per_joule": images / joules}
-    return found
+    return {"memory_bytes": progress.memory_bytes or None, "power_watts": watts, "joules": joules, "images_per_joule": joules and images / joules}

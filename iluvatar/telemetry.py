@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from base.backends.cpu.telemetry import HostSensor
 
-from base.telemetry import NoSensor, Reading, Sensor
+from base.telemetry import Reading, Sensor
 
 FIELDS = ("index", "uuid", "memory.used", "utilization.gpu", "clocks.current.sm")
 POWER_FIELDS = ("gpu.power.draw", "power.draw")  # CoreX 4's name, and CoreX 3's
@@ -20,27 +20,36 @@ NOT_KNOWN = 65535  # which ixsmi shows as the power of a card that does not answ
 class IxsmiSensor:
     """One GPU; starts ``ixsmi`` for every reading. ``wanted`` is its number or its UUID."""
 
-    def __init__(self, command: str, wanted: str):
-        self.command, self.wanted, self.missing, self.fields = command, wanted, "", FIELDS
-        for power in POWER_FIELDS:
-            try:
-                watts = self._row(*FIELDS, power)[-1]
-            except ValueError:  # it does not know the field
-                continue
-            self.fields = (*FIELDS, power)
-            self.missing = f"{command} shows no power of GPU {wanted}" if watts is None else ""
-            return
-        self._row(*FIELDS)
-        self.missing = f"{command} knows none of the fields {', '.join(POWER_FIELDS)}"
+    def __init__(self, wanted: str):
+        self.command, self.wanted, self.missing, self.fields = "", wanted, "", FIELDS
 
     def read(self) -> Reading:
+        if not self.command:
+            self._open()
         _, _, memory, busy, clock, *watts = self._row(*self.fields)
+        if watts == [None]:
+            self.missing = f"ixsmi shows no power of GPU {self.wanted}"
         return Reading(
             memory_bytes=None if memory is None else int(memory * 2**20),
             power_watts=watts[0] if watts else None,
             utilisation=None if busy is None else busy / 100,
             clock_hz=None if clock is None else clock * 1e6,
         )
+
+    def _open(self) -> None:
+        """Finds the command, and the name under which it knows the power."""
+        sdk = Path(os.environ.get("COREX_HOME", "/usr/local/corex"))
+        self.command = shutil.which("ixsmi") or shutil.which(str(sdk / "bin" / "ixsmi")) or ""
+        if not self.command:
+            raise FileNotFoundError("there is no command ixsmi: source iluvatar/config/environment_variables.sh")
+        for power in POWER_FIELDS:
+            try:
+                self._row(*FIELDS, power)
+            except ValueError:  # it does not know the field, or does not work at all: the next question shows
+                continue
+            self.fields = (*FIELDS, power)
+            return
+        self.missing = f"ixsmi knows none of the fields {', '.join(POWER_FIELDS)}"
 
     def _row(self, *fields: str) -> list:
         """The GPU's values: index and UUID as text, then numbers, None for what is not told. Raises ValueError for another output."""
@@ -64,11 +73,5 @@ def open_sensor(device: torch.device, local_rank: int) -> Sensor:
     """ixsmi's sensor of a GPU, the host's for a CPU. torch counts the GPUs of $CUDA_VISIBLE_DEVICES, ixsmi all of the machine."""
     if device.type == "cpu":
         return HostSensor(device, local_rank)
-    command = shutil.which("ixsmi") or shutil.which(str(Path(os.environ.get("COREX_HOME", "/usr/local/corex"), "bin", "ixsmi")))
-    if command is None:
-        return NoSensor("there is no command ixsmi: source iluvatar/config/environment_variables.sh")
     visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-    try:
-        return IxsmiSensor(command, visible[device.index] if visible else str(device.index))
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        return NoSensor(str(error))
+    return IxsmiSensor(visible[device.index] if visible else str(device.index))

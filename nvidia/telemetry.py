@@ -4,7 +4,7 @@ import torch
 from base.backends.cpu.telemetry import HostSensor
 
 from base.errors import UserError
-from base.telemetry import NoSensor, Reading, Sensor
+from base.telemetry import Reading, Sensor
 
 
 class NvmlSensor:
@@ -14,15 +14,15 @@ class NvmlSensor:
     """
 
     def __init__(self, nvml, uuid: str):
-        self.nvml, self.missing = nvml, ""
-        nvml.nvmlInit()
-        self.gpu = nvml.nvmlDeviceGetHandleByUUID(uuid)
-        if self._power() == (None, None):
-            self.missing = f"NVML tells neither the energy nor the power of {uuid}"
+        self.nvml, self.uuid, self.gpu, self.missing = nvml, uuid, None, ""
 
     def read(self) -> Reading:
         nvml = self.nvml
+        if self.gpu is None:
+            nvml.nvmlInit()
+            self.gpu = nvml.nvmlDeviceGetHandleByUUID(self.uuid)
         joules, watts = self._power()
+        self.missing = f"NVML tells neither the energy nor the power of {self.uuid}" if joules is watts is None else ""
         busy = self._ask(lambda: nvml.nvmlDeviceGetUtilizationRates(self.gpu).gpu / 100)
         clock = self._ask(lambda: nvml.nvmlDeviceGetClockInfo(self.gpu, nvml.NVML_CLOCK_SM) * 1e6)
         return Reading(nvml.nvmlDeviceGetMemoryInfo(self.gpu).used, watts, joules, busy, clock)
@@ -51,7 +51,4 @@ def open_sensor(device: torch.device, local_rank: int) -> Sensor:
     except ModuleNotFoundError as error:
         fix = "python3 prepare.py --name nvidia installs it, --telemetry_seconds 0 does without"
         raise UserError(f"reading a GPU's power needs the package nvidia-ml-py, which is not installed: {fix}") from error
-    try:
-        return NvmlSensor(pynvml, f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except pynvml.NVMLError as error:
-        return NoSensor(f"NVML does not open this GPU: {error}")
+    return NvmlSensor(pynvml, f"GPU-{torch.cuda.get_device_properties(device).uuid}")

@@ -146,7 +146,7 @@ def test_a_sensor_that_stops_is_recorded_once_and_ends_nothing(records):
         record(sampler, ALONE, records, progress)
     assert not sampler.thread.is_alive()
     told = (records.folder / "log.txt").read_text().splitlines()
-    assert len(told) == 1 and told[0].endswith("power is not known; rank 0: its sensor stopped working: the card fell out")
+    assert len(told) == 1 and told[0].endswith("power is not known; rank 0: its sensor does not work: the card fell out")
     assert progress.joules == 0 and "fell out" in summary(Config(), progress, 9, Path("x"), False, "acme", whole_run(progress, 1), sampler.missing)
 
 
@@ -169,6 +169,14 @@ def test_a_reading_that_hangs_does_not_hold_up_the_run():
     leave.set()
     sampler.close()
     assert not sampler.thread.is_alive()
+
+
+def test_a_package_that_is_missing_ends_a_run_before_it_starts():
+    def lacking(device, local_rank):
+        raise UserError("install it")
+
+    with pytest.raises(UserError, match="install it"):
+        Sampler(lacking, 1.0, CPU, 0)
 
 
 def test_no_sensor_no_thread_and_the_reason(records):
@@ -208,11 +216,11 @@ def test_sensors_and_cards_come_from_the_backend_that_is_extended_if_the_device_
 
 
 def test_cards_of_another_vendor_are_refused():
-    check_cards("acme", r"Acme|A\d+\b", ["Acme One", "A100-SXM4-40GB"])
-    check_cards("acme", None, ["whatever"])
-    check_cards("acme", "Acme", [])
+    check_cards(Backend(name="acme", cards=r"Acme|A\d+\b"), ["Acme One", "A100-SXM4-40GB"])
+    check_cards(Backend(name="acme"), ["whatever"])
+    check_cards(Backend(name="acme", cards="Acme"), [])
     with pytest.raises(UserError, match=r"backend acme is for devices whose names begin with Acme, and this machine has 'Bolt 2'; --list"):
-        check_cards("acme", "Acme", ["Acme One", "Bolt 2"])
+        check_cards(Backend(name="acme", cards="Acme"), ["Acme One", "Bolt 2"])
 
 
 # Whole runs, with a backend that reads a file instead of a device
@@ -264,7 +272,7 @@ def test_a_run_goes_on_without_its_sensor_and_trains_the_same(train, tmp_path, m
     (tmp_path / "meter").unlink()
     done = train(*FLAGS, "--telemetry_seconds", "0.05", env=metered)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("power is not known") == 1 and "energy  not measured (rank 0: its sensor stopped working" in done.stdout
+    assert done.stdout.count("power is not known") == 1 and "energy  not measured (rank 0: its sensor does not work" in done.stdout
     assert losses(tmp_path / "run") == losses(tmp_path / "none")
 
 

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     kind = device_type(config.device if config.device != "auto" else backend.device)
     if devices_here(kind) == 0:
         raise UserError(f"this machine has no {kind} device; use --device cpu")
-    check_cards(flags.name, backend.cards, device_names(kind))
+    check_cards(backend, device_names(kind))
     ids = AnnotationIndex.open(config.path("val_annotations")).category_ids.tolist()
     if content and ids != content["categories"]["ids"]:
         raise UserError(f"{flags.checkpoint} knows categories {content['categories']['ids']}, the data set has {ids}")

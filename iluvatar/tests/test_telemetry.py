@@ -54,8 +54,8 @@ def without_power() -> dict:
 def test_a_card_of_corex_4_and_of_corex_3(ixsmi, field):
     ixsmi(without_power() | {field: ROWS["gpu.power.draw"]})
     sensor = open_sensor(CUDA, 1)
-    assert isinstance(sensor, IxsmiSensor) and sensor.missing == ""
     assert sensor.read() == Reading(memory_bytes=20480 << 20, power_watts=187.5, utilisation=0.97, clock_hz=1.5e9)
+    assert isinstance(sensor, IxsmiSensor) and sensor.missing == ""
 
 
 def test_units_although_none_were_asked_for(ixsmi):
@@ -75,29 +75,33 @@ def test_torchs_second_gpu_is_found_among_the_machines(ixsmi, monkeypatch, visib
 def test_a_card_that_does_not_tell_its_power(ixsmi, power):
     ixsmi(ROWS | {"gpu.power.draw": (power, power)})
     sensor = open_sensor(CUDA, 1)
-    assert sensor.missing.endswith("shows no power of GPU 1") and sensor.read() == Reading(20480 << 20, None, None, 0.97, 1.5e9)
+    assert sensor.read() == Reading(20480 << 20, None, None, 0.97, 1.5e9) and sensor.missing == "ixsmi shows no power of GPU 1"
 
 
 def test_an_ixsmi_that_knows_no_power(ixsmi):
     ixsmi(without_power())
     sensor = open_sensor(CUDA, 1)
-    assert "knows none of the fields gpu.power.draw, power.draw" in sensor.missing and sensor.read() == Reading(20480 << 20, None, None, 0.97, 1.5e9)
+    assert sensor.read() == Reading(20480 << 20, None, None, 0.97, 1.5e9)
+    assert sensor.missing == "ixsmi knows none of the fields gpu.power.draw, power.draw"
 
 
 def test_what_is_no_answer_is_said(ixsmi, monkeypatch, tmp_path):
     ixsmi(text="#!/bin/sh\necho 'Failed to initialize IXML: driver not loaded' >&2\nexit 9\n")
-    sensor = open_sensor(CUDA, 1)
-    assert "ended with 9 and has no row of GPU 1: Failed to initialize IXML" in sensor.missing and sensor.read() == Reading()
+    with pytest.raises(ValueError, match="ended with 9 and has no row of GPU 1: Failed to initialize IXML"):
+        open_sensor(CUDA, 1).read()
     ixsmi(ROWS)
-    assert "has no row of GPU 5" in open_sensor(torch.device("cuda", 5), 5).missing
+    with pytest.raises(ValueError, match="has no row of GPU 5"):
+        open_sensor(torch.device("cuda", 5), 5).read()
     (tmp_path / "ixsmi").unlink()
     monkeypatch.setenv("COREX_HOME", str(tmp_path))
-    assert "there is no command ixsmi: source iluvatar/config" in open_sensor(CUDA, 1).missing
+    with pytest.raises(FileNotFoundError, match="there is no command ixsmi: source iluvatar/config"):
+        open_sensor(CUDA, 1).read()
 
 
 def test_a_card_that_falls_out_is_an_error_of_the_reading(ixsmi):
     ixsmi(ROWS)
     sensor = open_sensor(CUDA, 1)
+    sensor.read()
     ixsmi({field: values[:1] * 2 for field, values in ROWS.items()})
     with pytest.raises(ValueError, match="has no row of GPU 1"):
         sensor.read()
@@ -108,7 +112,8 @@ def test_it_is_found_in_the_sdks_folder(ixsmi, monkeypatch, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "ixsmi").rename(tmp_path / "bin" / "ixsmi")
     monkeypatch.setenv("COREX_HOME", str(tmp_path))
-    assert open_sensor(CUDA, 1).command == str(Path(tmp_path, "bin", "ixsmi"))
+    sensor = open_sensor(CUDA, 1)
+    assert sensor.read().memory_bytes and sensor.command == str(Path(tmp_path, "bin", "ixsmi"))
 
 
 def test_on_a_cpu_it_is_the_hosts():
