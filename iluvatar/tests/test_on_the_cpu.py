@@ -65,6 +65,6 @@ def test_golden_data():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", ["components", "loader", "augment", "weights"])
+@pytest.mark.parametrize("file", ["components", "weights"])
 def test_what_every_backend_must_do(file):
     assert passed(f"tests/test_{file}.py", "-k", "iluvatar") > 3
