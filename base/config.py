@@ -45,6 +45,10 @@ class Config(BaseModel):
     device: Name = "auto"  # torch device type; auto: what the backend asks for, by default the accelerator if there is one
     use: dict[str, str] = {}  # components from another backend, such as loader=reference
     timeout: Count = 1800  # seconds that ranks wait for each other before the run fails
+    norm_ranks: NotNegative = 1  # ranks in a row whose batches share the statistics of batch norm; 0: all of them
+    gradient_bucket_mb: NotNegative = 0  # MiB of gradients averaged as soon as they are there; 0: all, after the backward pass
+    gradient_compression: Literal["none", "bf16", "fp16"] = "none"  # how gradients travel between ranks
+    bind_cores: bool = True  # a rank stays on the CPU cores beside its device, where torch can tell them
 
     # Model
     backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet34"  # a ResNet of torchvision
@@ -106,6 +110,8 @@ class Config(BaseModel):
             problems.append(
                 f"batch_size {self.batch_size} cannot be divided into gradient_accumulation {self.gradient_accumulation} equal parts"
             )
+        if self.norm_ranks and self.world_size % self.norm_ranks:
+            problems.append(f"norm_ranks {self.norm_ranks} must divide the {self.world_size} ranks of nodes {self.nodes} × devices {self.devices}")
         for key in ("decay_epochs", "eval_epochs"):
             if list(getattr(self, key)) != sorted(set(getattr(self, key))):
                 problems.append(f"{key} {list(getattr(self, key))} must rise")

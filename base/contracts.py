@@ -99,9 +99,14 @@ class MakeEvalLoader(Protocol):
 
 
 class MakeModel(Protocol):
-    """Slot ``model``: → nn.Module from float images (N, 3, H, W), any memory format, to Predictions; has ``default_boxes``."""
+    """Slot ``model``: → nn.Module from float images (N, 3, H, W), any memory format, to Predictions; has ``default_boxes``.
 
-    def __call__(self, *, num_classes: int, image_size: tuple[int, int], strides: tuple[int, ...], backbone: str) -> nn.Module: ...
+    In training, batch norm takes its statistics over the batches of all ranks of ``norm_group``, a process group.
+    """
+
+    def __call__(
+        self, *, num_classes: int, image_size: tuple[int, int], strides: tuple[int, ...], backbone: str, norm_group: Any = None
+    ) -> nn.Module: ...
 
 
 class Matcher(Protocol):
@@ -161,7 +166,11 @@ class Step(Protocol):
 
 
 class MakeStep(Protocol):
-    """Slot ``step``. ``model`` is already on ``device``; ``accumulation`` splits a batch into that many parts."""
+    """Slot ``step``. ``model`` is already on ``device``; ``accumulation`` splits a batch into that many parts.
+
+    Gradients are averaged over ``world_size`` ranks after the backward pass, or in buckets of ``bucket_mb`` MiB beside it, as
+    float32, or with ``compression`` as "bf16" or "fp16".
+    """
 
     def __call__(
         self,
@@ -173,4 +182,6 @@ class MakeStep(Protocol):
         device: Any,
         accumulation: int = 1,
         world_size: int = 1,
+        bucket_mb: int = 0,
+        compression: str = "none",
     ) -> Step: ...

@@ -24,6 +24,7 @@ class Ranks:
     world_size: int
     device: torch.device
     control: Any = None
+    timeout: timedelta | None = None  # of what ranks do together
     local_rank: int = 0  # among those of this machine
 
     @property
@@ -46,6 +47,17 @@ class Ranks:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def neighbours(self, count: int) -> Any:
+        """The process group, on the device, of this rank and those beside it, ``count`` in a row (0: all); None if it is alone.
+
+        Every rank has to call it, as every rank takes part in making the groups.
+        """
+        count = count or self.world_size
+        if count == 1:
+            return None
+        rows = [list(range(first, first + count)) for first in range(0, self.world_size, count)]
+        return [dist.new_group(row, timeout=self.timeout) for row in rows][self.rank // count]
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -98,7 +110,7 @@ def join(wanted_device: str, wanted_group: str, timeout: int) -> Ranks:
     limit = timedelta(seconds=timeout)
     dist.init_process_group(group, timeout=limit)
     control = dist.group.WORLD if group == "gloo" else dist.new_group(backend="gloo", timeout=limit)
-    return Ranks(rank, world_size, device, control, local)
+    return Ranks(rank, world_size, device, control, limit, local)
 
 
 def leave() -> None:

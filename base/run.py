@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from base import checkpoint
+from base.affinity import bind
 from base.backend import Backend, load_backend
 from base.checkpoint import Progress
 from base.config import Config, Resolved
@@ -86,10 +87,17 @@ def set_up(
     backend = load_backend(name, config.use)
     if ranks.is_first and not resume:
         write_start(folder, Resolved(config, sources), name, backend.suppliers, ranks.device)
+    if config.bind_cores and ranks.device.type != "cpu":
+        for rank, what in enumerate(ranks.gathered(bind(ranks.device, int(os.environ["LOCAL_WORLD_SIZE"])))):
+            records.log(f"rank {rank}: {what}")
     index = AnnotationIndex.open(config.path("train_annotations"), records.log)
     categories = {"ids": index.category_ids.tolist(), "names": list(index.category_names)}
     model = backend.model(
-        num_classes=len(index.category_ids) + 1, image_size=config.image_size, strides=config.strides, backbone=config.backbone
+        num_classes=len(index.category_ids) + 1,
+        image_size=config.image_size,
+        strides=config.strides,
+        backbone=config.backbone,
+        norm_group=ranks.neighbours(config.norm_ranks),
     )
     if found:
         checkpoint.load_model(model, found[1], found[0], config)
@@ -105,6 +113,8 @@ def set_up(
         device=ranks.device,
         accumulation=config.gradient_accumulation,
         world_size=ranks.world_size,
+        bucket_mb=config.gradient_bucket_mb,
+        compression=config.gradient_compression,
     )
     if not found:
         records.mlperf.run_start()  # by MLPerf's rules the clock runs before any training image is read

@@ -7,8 +7,8 @@ from .evaluator import CocoEvaluator
 from .loader import eval_loader, train_loader
 from .loss import multibox_loss
 from .matcher import match
-from .model import build_model
-from .step import build_optimizer, build_step
+from .model import NativeSSD
+from .step import CPUStep, build_optimizer
 from .telemetry import HostSensor
 
 BACKEND = Backend(
@@ -18,10 +18,10 @@ BACKEND = Backend(
     telemetry=HostSensor,
     train_loader=train_loader,
     eval_loader=eval_loader,
-    model=build_model,
+    model=NativeSSD,
     matcher=match,
     loss=multibox_loss,
-    step=build_step,
+    step=CPUStep,
     optimizer=build_optimizer,
     decoder=decode,
     evaluator=CocoEvaluator,

@@ -1,8 +1,6 @@
 """The reference's model, with batch norm in one operation with what follows it, and heads whose backward pass looks only at the cells
 that took part in the loss."""
 
-from collections.abc import Sequence
-
 import torch
 from base.backends.reference.model import SSD
 from torch import Tensor, nn
@@ -17,7 +15,7 @@ class NativeSSD(SSD):
 
     def apply_norm(self, norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
         learns = torch.is_grad_enabled() and not norm.training  # with fixed statistics, which is torch's to differentiate
-        if learns or not fits(norm, x, shortcut):
+        if learns or self.norm_group is not None or not fits(norm, x, shortcut):
             return super().apply_norm(norm, x, shortcut, relu)
         return norm_relu(norm, x, shortcut, relu)
 
@@ -25,11 +23,6 @@ class NativeSSD(SSD):
         if not torch.is_grad_enabled():
             return head(level)
         return _Head.apply(level, head.weight, head.bias, head.stride[0])
-
-
-def build_model(*, num_classes: int, image_size: tuple[int, int], strides: Sequence[int], backbone: str) -> NativeSSD:
-    """As `reference.model.build_model`."""
-    return NativeSSD(num_classes, image_size, strides, backbone)
 
 
 class _Head(torch.autograd.Function):
@@ -61,4 +54,3 @@ class _Head(torch.autograd.Function):
             to_level[place] += spread[:, number].float()
         to_level = to_level[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
         return to_level.to(level.dtype), to_weight.to(weight.dtype), cells.float().sum(0).to(weight.dtype), None
-

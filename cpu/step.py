@@ -1,13 +1,9 @@
 """The training step on x86: channels-last memory, bf16 where the CPU multiplies it, one fused optimizer pass."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from base.backends.reference.step import TrainStep, normalise
-from torch import Tensor, nn
-
-from base.contracts import Loss, Matcher, Predictions
+from base.backends.reference.step import TrainStep
 
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # in it: instructions that multiply bf16
@@ -23,26 +19,16 @@ def has_bf16() -> bool:
 
 
 class CPUStep(TrainStep):
-    """The reference's step with another forward pass; weights, gradients, running statistics and momentum stay float32.
+    """The reference's step in bf16 where the CPU multiplies it, in channels-last memory.
 
     Eager: compiling the model takes longer on a CPU than it saves in the demo, and gains nothing where oneDNN's
     convolutions take nearly all the time.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, matcher: Matcher, loss: Loss, device, accumulation: int, world_size: int):
-        super().__init__(model.to(memory_format=torch.channels_last), optimizer, matcher, loss, device, accumulation, world_size)
-        self.bf16 = has_bf16()
+    memory_format = torch.channels_last
 
-    def forward(self, images: Tensor) -> Predictions:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            return self.model(normalise(images))
-
-
-def build_step(
-    *, model: nn.Module, optimizer: Any, matcher: Matcher, loss: Loss, device, accumulation: int = 1, world_size: int = 1
-) -> CPUStep:
-    """A `CPUStep` for one rank."""
-    return CPUStep(model, optimizer, matcher, loss, device, accumulation, world_size)
+    def precision(self, device: torch.device) -> torch.dtype:
+        return torch.bfloat16 if has_bf16() else torch.float32
 
 
 def build_optimizer(parameters, *, momentum: float, weight_decay: float) -> torch.optim.SGD:

@@ -7,7 +7,7 @@ from base.backend import Backend
 
 from .decoder import decode
 from .matcher import match
-from .step import build_step
+from .step import HalfStep
 from .telemetry import open_sensor
 
 BACKEND = Backend(
@@ -19,7 +19,7 @@ BACKEND = Backend(
     train_loader=train_loader,
     eval_loader=eval_loader,
     matcher=match,
-    step=build_step,
+    step=HalfStep,
     decoder=decode,
     evaluator=CocoEvaluator,
 )

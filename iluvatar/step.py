@@ -1,10 +1,13 @@
-"""The reference's step in float16 with loss scaling and channels-last memory; float32 on a CPU."""
+"""The training step on Iluvatar GPUs: float16 with loss scaling, the precision of the recipes, and channels-last memory."""
 
 import torch
 from base.backends.reference.step import TrainStep
 
-from base.contracts import Loss, Matcher
 
+class HalfStep(TrainStep):
+    """The reference's step in float16 and channels-last memory; on a CPU in float32."""
 
-def build_step(*, model, optimizer, matcher: Matcher, loss: Loss, device, accumulation: int = 1, world_size: int = 1) -> TrainStep:
-    return TrainStep(model, optimizer, matcher, loss, torch.device(device), accumulation, world_size)
+    memory_format = torch.channels_last
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        return torch.float16 if device.type == "cuda" else torch.float32

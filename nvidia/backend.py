@@ -8,8 +8,8 @@ from .dali import eval_loader, train_loader
 from .decoder import decode
 from .loss import multibox_loss
 from .matcher import match
-from .model import build_model
-from .step import build_optimizer, build_step
+from .model import FusedSSD
+from .step import GraphedStep, build_optimizer
 from .telemetry import open_sensor
 
 BACKEND = Backend(
@@ -20,10 +20,10 @@ BACKEND = Backend(
     telemetry=open_sensor,
     train_loader=train_loader,
     eval_loader=eval_loader,
-    model=build_model,
+    model=FusedSSD,
     matcher=match,
     loss=multibox_loss,
-    step=build_step,
+    step=GraphedStep,
     optimizer=build_optimizer,
     decoder=decode,
     evaluator=CocoEvaluator,

@@ -87,7 +87,7 @@ def operations(device: torch.device, side: int, dtype: torch.dtype) -> float:
 
 def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], dict[str, Times]]:
     """Rows of the table of kernels, and their times."""
-    dtype, boxes = precision(device), SSD(2, SIZE, STRIDES, "resnet18").default_boxes.to(device)
+    dtype, boxes = precision(device), SSD(num_classes=2, image_size=SIZE, strides=STRIDES, backbone="resnet18").default_boxes.to(device)
     wide, count = torch.empty((), dtype=dtype).element_size(), len(boxes)
     pictures = torch.randint(0, 256, (images, *SIZE, 3), dtype=torch.uint8, device=device)
     given = tuple(t.to(device) for t in truth(images, 7))
@@ -137,24 +137,25 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
 class EagerStep(step.TrainStep):
     """What a person writes first: autocast and channels-last, here with this backend's matcher and loss."""
 
-    def forward(self, images: torch.Tensor) -> Predictions:
-        with torch.autocast(self.device.type, precision(self.device)):
-            return self.model(step.normalise(images))
+    memory_format = torch.channels_last
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        return precision(device)
 
 
 def steps(device: torch.device, size: int, images: int, backbone: str) -> dict[str, Callable[[Batch], object]]:
     """name → a training step on a batch."""
     built: dict[str, Callable[[Batch], object]] = {}
-    eager = torch.channels_last
     makers = {
-        "reference": (SSD, optimizer.build_optimizer, step.TrainStep, matcher.match, loss.multibox_loss, torch.contiguous_format),
-        "eager AMP, channels-last": (SSD, optimizer.build_optimizer, EagerStep, match, multibox_loss, eager),
-        "this backend": (FusedSSD, build_optimizer, GraphedStep, match, multibox_loss, eager),
+        "reference": (SSD, optimizer.build_optimizer, step.TrainStep, matcher.match, loss.multibox_loss),
+        "eager AMP, channels-last": (SSD, optimizer.build_optimizer, EagerStep, match, multibox_loss),
+        "this backend": (FusedSSD, build_optimizer, GraphedStep, match, multibox_loss),
     }
-    for name, (model, optimise, kind, matches, losses, memory) in makers.items():
+    for name, (model, optimise, kind, matches, losses) in makers.items():
         torch.manual_seed(0)
-        net = model(CLASSES, (size, size), STRIDES, backbone).to(device).to(memory_format=memory)
-        train = kind(net, optimise(net.parameters(), momentum=0.9, weight_decay=5e-4), matches, losses, device, 1, 1)
+        net = model(num_classes=CLASSES, image_size=(size, size), strides=STRIDES, backbone=backbone).to(device)
+        sgd = optimise(net.parameters(), momentum=0.9, weight_decay=5e-4)
+        train = kind(model=net, optimizer=sgd, matcher=matches, loss=losses, device=device)
         built[name] = lambda batch, train=train: train(batch, 1e-3)
     return built
 

@@ -1,13 +1,11 @@
 """The training step on NVIDIA GPUs: bf16 (fp16 with loss scaling before Ampere), channels-last, the whole step in one CUDA graph."""
 
-from typing import Any
-
 import torch
 from base.backends.reference.step import TrainStep
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from base.contracts import Batch, Loss, Matcher, Predictions
+from base.contracts import Batch
 
 from .prologue import prologue
 
@@ -29,17 +27,19 @@ class GraphedStep(TrainStep):
     number on the device, and so is the loss scale. On a CPU it runs eagerly, in float32.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, matcher: Matcher, loss: Loss, device, accumulation: int, world_size: int):
-        device = torch.device(device)
-        super().__init__(model.to(memory_format=torch.channels_last), optimizer, matcher, loss, device, accumulation, world_size)
-        self.dtype = precision(device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
-        self.rate = torch.zeros((), device=device)
+    memory_format = torch.channels_last
+
+    def __init__(self, **parts):
+        super().__init__(**parts)
+        self.rate = torch.zeros((), device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()  # images, boxes and labels that the graph reads
         self.result: Tensor | None = None  # the loss that it writes
         self.steps, self.room = 0, LEAST_BOXES
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        return precision(device)
 
     def __call__(self, batch: Batch, learning_rate: float) -> Tensor:
         """Trains on one batch and returns this rank's loss, a detached float32 scalar on the device."""
@@ -99,44 +99,8 @@ class GraphedStep(TrainStep):
             self.result = self.train_on(*self.inputs)
         self.graph = graph
 
-    def train_on(self, images: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-        """Everything of a step that runs on the device."""
-        self.optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        for part in zip(*(t.chunk(self.accumulation) for t in (images, boxes, labels)), strict=True):
-            predictions = self.forward(part[0])
-            targets = self.matcher(*part[1:], self.model.default_boxes)
-            loss = self.loss(predictions, targets) * (len(part[0]) / len(images))
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        if self.world_size > 1:
-            self._average_over_ranks()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return total
-
-    def forward(self, images: Tensor) -> Predictions:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-            return self.model(prologue(images, self.dtype))
-
-    def state_dict(self) -> dict:
-        """The loss scale, where there is one."""
-        return self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError if the state is of a step with a loss scale and this one has none, or the other way round."""
-        if bool(state) != self.scaler.is_enabled():
-            has, this = ("a", "none") if state else ("no", "one")
-            raise ValueError(f"the checkpoint has {has} loss scale, and a step in {self.dtype} needs {this}")
-        if state:
-            self.scaler.load_state_dict(state)
-
-
-def build_step(
-    *, model: nn.Module, optimizer: Any, matcher: Matcher, loss: Loss, device, accumulation: int = 1, world_size: int = 1
-) -> GraphedStep:
-    """A `GraphedStep` for one rank."""
-    return GraphedStep(model, optimizer, matcher, loss, device, accumulation, world_size)
+    def normalise(self, images: Tensor) -> Tensor:
+        return prologue(images, self.dtype)
 
 
 def build_optimizer(parameters, *, momentum: float, weight_decay: float) -> torch.optim.SGD:

@@ -7,19 +7,19 @@ from .evaluator import CocoEvaluator
 from .loader import eval_loader, train_loader
 from .loss import multibox_loss
 from .matcher import match
-from .model import build_model
+from .model import SSD
 from .optimizer import build_optimizer
-from .step import build_step
+from .step import TrainStep
 
 BACKEND = Backend(
     name="reference",
     extends=None,
     train_loader=train_loader,
     eval_loader=eval_loader,
-    model=build_model,
+    model=SSD,
     matcher=match,
     loss=multibox_loss,
-    step=build_step,
+    step=TrainStep,
     optimizer=build_optimizer,
     decoder=decode,
     evaluator=CocoEvaluator,

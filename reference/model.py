@@ -6,11 +6,14 @@ from collections.abc import Sequence
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from base.boxes import BOXES_PER_CELL, default_boxes
 from base.contracts import Predictions
 from base.errors import UserError
+
+from .all_reduce import group_norm
 
 BACKBONES = ("resnet18", "resnet34", "resnet50")
 LEVEL_CHANNELS = (512, 512, 256, 256, 256)  # after the backbone's own level
@@ -22,14 +25,17 @@ class SSD(nn.Module):
 
     The backbone is a ResNet up to ``layer3``, whose first block keeps its resolution (38×38 for 300×300). ``strides`` are
     those of all offset heads, of all class heads, and of the first four additional blocks; the fifth has stride 1. The
-    last two additional blocks have no padding. Images are float (N, 3, H, W); ``default_boxes`` move with the module.
+    last two additional blocks have no padding. Images are float (N, 3, H, W); ``default_boxes`` move with the module. Batch norm
+    takes its statistics over the ranks of ``norm_group``. Raises UserError for a size or strides that leave no level.
     """
 
-    def __init__(self, num_classes: int, image_size: tuple[int, int], strides: Sequence[int], backbone: str):
+    def __init__(
+        self, *, num_classes: int, image_size: tuple[int, int], strides: Sequence[int], backbone: str, norm_group: ProcessGroup | None = None
+    ):
         super().__init__()
         if backbone not in BACKBONES:
             raise UserError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
-        self.num_classes = num_classes
+        self.num_classes, self.norm_group = num_classes, norm_group
         self.backbone = resnet_to_layer3(backbone)
         channels = (256 if backbone != "resnet50" else 1024, *LEVEL_CHANNELS)
         block_strides, paddings = (*strides[2:], 1), (1, 1, 1, 0, 0)
@@ -80,7 +86,7 @@ class SSD(nn.Module):
 
     def apply_norm(self, norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
         """Batch norm, then the shortcut's addition and ReLU; backends fuse them."""
-        x = norm(x)
+        x = norm(x) if self.norm_group is None or not norm.training else group_norm(norm, x, self.norm_group)
         if shortcut is not None:
             x += shortcut
         return functional.relu_(x) if relu else x
@@ -93,11 +99,6 @@ class SSD(nn.Module):
         super()._apply(fn, recurse)  # .to(device) and its kin: default boxes follow the weights' device, never their dtype
         self.default_boxes = self.default_boxes.to(self.class_heads[0].weight.device)
         return self
-
-
-def build_model(*, num_classes: int, image_size: tuple[int, int], strides: Sequence[int], backbone: str) -> SSD:
-    """The `SSD` model for C = ``num_classes`` with background. Raises UserError for a size or strides that leave no level."""
-    return SSD(num_classes, image_size, strides, backbone)
 
 
 def boxes_last(output: Tensor, values: int) -> Tensor:

@@ -1,12 +1,13 @@
-"""One training step in float32, with nothing clever in it."""
+"""One training step with nothing clever in it; backends state their precision and memory format, or override its parts."""
 
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from base.contracts import Batch, Loss, Matcher, Predictions
+
+from .all_reduce import Average
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of RGB in [0, 1]
 
@@ -18,41 +19,60 @@ def normalise(images: Tensor) -> Tensor:
 
 
 class TrainStep:
-    """The plain step; see `base.contracts.Step`."""
+    """The plain step; see `base.contracts.MakeStep` and `Step`. Weights, gradients, statistics and momentum are float32.
 
-    def __init__(self, model: nn.Module, optimizer: Any, matcher: Matcher, loss: Loss, device, accumulation: int, world_size: int):
-        self.model, self.optimizer, self.matcher, self.loss = model, optimizer, matcher, loss
-        self.device, self.accumulation, self.world_size = device, accumulation, world_size
+    A subclass's `precision` decides what autocast multiplies in: bfloat16, or float16, which brings loss scaling.
+    """
+
+    memory_format = torch.contiguous_format  # of weights and images
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        matcher: Matcher,
+        loss: Loss,
+        device: torch.device | str,
+        accumulation: int = 1,
+        world_size: int = 1,
+        bucket_mb: int = 0,
+        compression: str = "none",
+    ):
+        self.model, self.optimizer, self.matcher, self.loss = model.to(memory_format=self.memory_format), optimizer, matcher, loss
+        self.device, self.accumulation = torch.device(device), accumulation
+        self.average = Average(model, world_size, bucket_mb, compression) if world_size > 1 else None
+        self.dtype = self.precision(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        """What the model multiplies in."""
+        return torch.float32
 
     def __call__(self, batch: Batch, learning_rate: float) -> Tensor:
         """Trains on one batch and returns this rank's loss, a detached float32 scalar."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        return self.train_on(*(t.to(self.device) for t in (batch.images, batch.boxes, batch.labels)))
+
+    def train_on(self, images: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+        """Forward, loss, backward, all-reduce and optimizer, of what is on the device."""
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
-        parts = zip(*(t.chunk(self.accumulation) for t in (batch.images, batch.boxes, batch.labels)), strict=True)
-        for images, boxes, labels in parts:
-            predictions = self.forward(images.to(self.device))
-            targets = self.matcher(boxes.to(self.device), labels.to(self.device), self.model.default_boxes)
-            loss = self.loss(predictions, targets) * len(images) / len(batch.images)
-            loss.backward()
+        parts = list(zip(*(t.chunk(self.accumulation) for t in (images, boxes, labels)), strict=True))
+        for number, part in enumerate(parts):
+            if self.average and number == len(parts) - 1:
+                self.average.begin()
+            targets = self.matcher(*part[1:], self.model.default_boxes)
+            loss = self.loss(self.forward(part[0]), targets) * (len(part[0]) / len(images))
+            self.scaler.scale(loss).backward()
             total += loss.detach()
-        if self.world_size > 1:
-            self._average_over_ranks()
-        self.optimizer.step()
+        if self.average:
+            self.average.finish()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return total
-
-    @torch.no_grad()
-    def _average_over_ranks(self) -> None:
-        """Averages gradients and running statistics in one all-reduce, so that all ranks always hold the same state."""
-        tensors = [p.grad for p in self.model.parameters() if p.grad is not None]
-        tensors += [b for b in self.model.buffers() if b.is_floating_point()]
-        flat = torch.cat([t.flatten() for t in tensors])
-        torch.distributed.all_reduce(flat)
-        flat /= self.world_size
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Predictions:
@@ -61,18 +81,22 @@ class TrainStep:
         return self.forward(images.to(self.device))
 
     def forward(self, images: Tensor) -> Predictions:
-        """uint8 (N, H, W, 3) on the device → Predictions; where precision and memory format are decided."""
-        return self.model(normalise(images).contiguous())
+        """uint8 (N, H, W, 3) on the device → Predictions."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            return self.model(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (N, H, W, 3) on the device → what the model takes."""
+        return normalise(images).contiguous(memory_format=self.memory_format)
 
     def state_dict(self) -> dict:
-        return {}
+        """The loss scale, where there is one."""
+        return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """float32 has no state of its own."""
-
-
-def build_step(
-    *, model: nn.Module, optimizer: Any, matcher: Matcher, loss: Loss, device, accumulation: int = 1, world_size: int = 1
-) -> TrainStep:
-    """A `TrainStep` for one rank; the caller has put ``model`` on ``device``."""
-    return TrainStep(model, optimizer, matcher, loss, device, accumulation, world_size)
+        """Raises ValueError if the state is of a step with a loss scale and this one has none, or the other way round."""
+        if bool(state) != self.scaler.is_enabled():
+            has, this = ("a", "none") if state else ("no", "one")
+            raise ValueError(f"the checkpoint has {has} loss scale, and a step in {self.dtype} needs {this}")
+        if state:
+            self.scaler.load_state_dict(state)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from base.backends.cpu.model import build_model
+from base.backends.cpu.model import NativeSSD
 from base.backends.cpu.norm import norm_relu
 from torch import nn
 
@@ -94,7 +94,7 @@ def test_a_single_value_a_channel_is_refused():
 def test_a_model_with_fixed_statistics_can_still_learn(backbone):
     """Frozen batch norm is torch's, and agrees with the native one."""
     torch.manual_seed(0)
-    model = build_model(num_classes=3, image_size=(96, 96), strides=(1,) * 6, backbone=backbone).to(memory_format=torch.channels_last).eval()
+    model = NativeSSD(num_classes=3, image_size=(96, 96), strides=(1,) * 6, backbone=backbone).to(memory_format=torch.channels_last).eval()
     images = torch.randn(2, 3, 96, 96).to(memory_format=torch.channels_last)
     with torch.no_grad():
         still = model(images)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from base.backends.iluvatar.decoder import decode
 from base.backends.iluvatar.matcher import IMAGES, match
+from base.backends.iluvatar.step import HalfStep
 from base.backends.reference.matcher import match as plain
 
+from base.backend import load_backend
 from base.boxes import default_boxes
-from base.contracts import Predictions
+from base.contracts import Batch, Predictions
 from tests.conftest import ROOT, losses
 
 SMALL = default_boxes((300, 300), ((6, 6), (4, 4), (3, 3), (2, 2), (1, 1), (1, 1)))
@@ -33,6 +35,37 @@ def test_decoding_of_float16():
     torch.manual_seed(0)
     predictions = Predictions(torch.randn(2, len(SMALL), 4).half(), (torch.randn(2, len(SMALL), 5) * 3).half().requires_grad_())
     assert all(len(image.scores) > 20 and image.scores.dtype is torch.float32 for image in decode(predictions, SMALL))
+
+
+class OnTheCPU(HalfStep):
+    """The step as it is on a card, on CPU tensors: torch's CPU operations know float16 too."""
+
+    def precision(self, device: torch.device) -> torch.dtype:
+        return super().precision(torch.device("cuda"))
+
+
+def test_float16_goes_where_float32_goes_and_its_loss_scale_is_kept():
+    batch = Batch(
+        torch.randint(0, 256, (2, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[[0.1, 0.1, 0.6, 0.7]], [[0.3, 0.2, 0.9, 0.8]]]), torch.tensor([[1], [2]]), torch.arange(2), torch.full((2, 2), 96),
+    )  # fmt: skip
+    backend, directions, values, steps = load_backend("iluvatar"), [], [], []
+    for kind in (HalfStep, OnTheCPU):
+        torch.manual_seed(0)
+        model = backend.model(num_classes=4, image_size=(96, 96), strides=(1,) * 6, backbone="resnet18")
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        optimizer = backend.optimizer(model.parameters(), momentum=0.9, weight_decay=0.0)
+        step = kind(model=model, optimizer=optimizer, matcher=backend.matcher, loss=backend.loss, device="cpu")
+        values.append(step(batch, 1e-3).item())
+        directions.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+        steps.append(step)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert model.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert values[1] == pytest.approx(values[0], rel=0.03) and torch.cosine_similarity(*directions, dim=0) > 0.9
+    plain_step, half = steps
+    assert plain_step.state_dict() == {} and half.state_dict()["scale"] > 1
+    with pytest.raises(ValueError, match="loss scale"):
+        plain_step.load_state_dict(half.state_dict())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
