@@ -56,12 +56,16 @@ def test_float16_goes_where_float32_goes_and_its_loss_scale_is_kept():
         before = torch.cat([p.detach().flatten() for p in model.parameters()])
         optimizer = backend.optimizer(model.parameters(), momentum=0.9, weight_decay=0.0)
         step = kind(model=model, optimizer=optimizer, matcher=backend.matcher, loss=backend.loss, device="cpu")
-        values.append(step(batch, 1e-3).item())
-        directions.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+        for _ in range(10):  # the first loss scales are too large for this batch, and a step with one of them changes nothing
+            values.append(step(batch, 1e-3).item())
+            direction = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+            if direction.any():
+                break
+        directions.append(direction)
         steps.append(step)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert model.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert values[1] == pytest.approx(values[0], rel=0.03) and torch.cosine_similarity(*directions, dim=0) > 0.9
+    assert values == pytest.approx([values[0]] * len(values), rel=0.03) and torch.cosine_similarity(*directions, dim=0) > 0.9
     plain_step, half = steps
     assert plain_step.state_dict() == {} and half.state_dict()["scale"] > 1
     with pytest.raises(ValueError, match="loss scale"):
