@@ -1,4 +1,4 @@
-"""The training loop, as one rank runs it: ``python -m base.train`` under torchrun; `base.launch` starts it.
+"""The training loop, as one rank runs it: ``python -m base.train`` under torchrun; `base.tools.launch` starts it.
 
 Read it from `run` down; `base.run` builds what it works with. Backends replace components, never this loop.
 """
@@ -253,7 +253,7 @@ def target_reached(config: Config, progress: Progress) -> bool:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base.train", description="one rank; use run_training.sh to start a run")
-    parser.add_argument("run", help="what base.launch resolved, as JSON")
+    parser.add_argument("run", help="what base.tools.launch resolved, as JSON")
     given = json.loads(parser.parse_args(arguments).run)
     stopped = StopRequest()
     config = validate(given["config"], given["sources"])

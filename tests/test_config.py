@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from base.backend import backend_folder, list_backends
 from base.config import COUNTS, LARGEST_FILE, RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate
 from base.errors import UserError
-from base.launch import flag_value, parse
 from base.records import config_text
 from base.schedule import scaled_rate, warmup_steps
+from base.tools.launch import flag_value, parse
 
 SHIPPED = sorted({(name, config) for name in list_backends() for config in list_configs(backend_folder(name))})
 TRAIN_IMAGES = 117_266  # of train2017 with boxes

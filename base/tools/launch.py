@@ -23,7 +23,7 @@ from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse
 from base.errors import UserError
 from base.index import AnnotationIndex
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO_DATA = ROOT / "data" / "demo"
 DEFAULT_CONFIG = "demo"
 ALIASES = {"nproc": "devices", "nproc_per_node": "devices", "nnodes": "nodes", "pretrained_backbone": "backbone_path"}
