@@ -1,11 +1,14 @@
 """The training step on NVIDIA GPUs: bf16 (fp16 with loss scaling before Ampere), channels-last, the whole step in one CUDA graph."""
 
+import re
+
 import torch
 from base.backends.reference.step import TrainStep
 from torch import Tensor
 from torch.nn import functional
 
 from base.contracts import Batch
+from base.errors import UserError
 
 from .prologue import prologue
 
@@ -14,10 +17,27 @@ LEAST_BOXES = 64  # boxes of an image that a step has room for; a batch with mor
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """What the device multiplies fastest with enough range: bfloat16 from Ampere on, float16 on Volta and Turing, float32 on a CPU."""
+    """What the device multiplies fastest with enough range: bfloat16 from Ampere on, float16 on Volta and Turing, float32 on a CPU.
+
+    Raises UserError if this build of torch has no code for the device.
+    """
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    major, minor = torch.cuda.get_device_capability(device)
+    built = torch.cuda.get_arch_list()
+    if not any(runs(code, major, minor) for code in built):
+        raise UserError(
+            f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)} (sm_{major}{minor}), only {' '.join(built)}; CUDA 13 "
+            "left out Volta: install a build of torch for CUDA 12 in the environment, which prepare.py then keeps"
+        )
+    return torch.bfloat16 if major >= 8 else torch.float16
+
+
+def runs(code: str, major: int, minor: int) -> bool:
+    """Whether a GPU runs code for "sm_80" (of its generation, not newer) or "compute_80" (any not newer); letters at the end: exactly that GPU."""
+    kind, number, letter = re.fullmatch(r"(sm|compute)_(\d+)([a-z]?)", code).groups()
+    than = int(number[:-1]), int(number[-1])
+    return than == (major, minor) if letter else than <= (major, minor) and (kind == "compute" or than[0] == major)
 
 
 class GraphedStep(TrainStep):

@@ -11,11 +11,13 @@ import torch
 from base.backends.nvidia.decoder import decode
 from base.backends.nvidia.kernels import interpreted
 from base.backends.nvidia.norm import norm_relu
+from base.backends.nvidia.step import precision
 from base.backends.reference import decoder as reference
 from torch import nn
 
 from base.boxes import default_boxes
 from base.contracts import Predictions
+from base.errors import UserError
 from tests.conftest import ROOT, losses
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="Triton's interpreter has the kernels run on the CPU")
@@ -54,6 +56,33 @@ def test_a_run_on_the_cpu(train, tmp_path):
     done = train("--name", "nvidia", "--device", "cpu", "--max_steps", "2", "--target", "null", "--log_every", "1")
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 2
+
+
+BUILT = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch 2.11 for CUDA 13
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "dtype"),
+    [
+        ((7, 0), ["sm_50", "sm_60", "sm_70", "sm_80", "sm_90"], torch.float16),
+        ((7, 5), BUILT, torch.float16),
+        ((8, 9), BUILT, torch.bfloat16),
+        ((9, 0), ["sm_80", "sm_90a"], torch.bfloat16),
+        ((9, 0), ["compute_80"], torch.bfloat16),
+        ((7, 0), BUILT, None),
+        ((9, 0), ["sm_80", "sm_100", "compute_100"], None),
+        ((10, 3), ["sm_90", "sm_100a"], None),
+    ],
+)
+def test_the_precision_of_a_gpu_or_why_this_torch_cannot_use_it(monkeypatch, capability, built, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100-SXM2-16GB")
+    if dtype:
+        assert precision(torch.device("cuda", 0)) is dtype
+    else:
+        with pytest.raises(UserError, match=r"no code for Tesla V100-SXM2-16GB \(sm_\d+\), only sm_.*CUDA 12"):
+            precision(torch.device("cuda", 0))
 
 
 @pytest.mark.long
