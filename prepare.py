@@ -119,7 +119,7 @@ def install(environment: Environment, backend: Path, extras: list[str], state: d
     """One pip call for the project and the backend's requirements."""
     if state["unfit"]:
         raise UserError(f"{', '.join(state['unfit'])}: not for {environment.label} on this machine; --python EXE takes the Python that they are for")
-    if state["refused"] and not environment.own:
+    if state["refused"] and not (environment.own and "+" not in str(state["refused"])):  # +: a vendor's, also in an environment of ours
         found = "; ".join(f"{name} {text}" for name, text in state["refused"].items())
         raise UserError(f"{environment.label} has {found}: it may be a vendor's build and is not replaced; use another environment "
                         f"(--python EXE), or remove it: {environment.python} -m pip uninstall {' '.join(state['refused'])}")  # fmt: skip
