@@ -96,6 +96,7 @@ def test_the_bench_works(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "cpu.md").read_text()
-    for row in ("prologue", "matcher", "loss, forward", "decoder", "norm + add", "this backend", "native loader", "dali loader"):
+    kernels = "prologue", "matcher", "loss, forward", "first convolution", "decoder", "norm + add"
+    for row in (*kernels, "this backend", "without graph", "compiled model", "native loader", "dali loader"):
         assert re.search(rf"^\| .*{re.escape(row)}.*\d", text, re.M), text
     assert "not measured" not in text and set(json.loads((tmp_path / "cpu.json").read_text())) == {"about", "seconds"}
