@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from base.backend import load_backend
 from base.boxes import BOXES_PER_CELL, DefaultBoxes, decode, default_boxes, encode, iou, ltrb_to_xywh
 from base.contracts import FIGURES, Batch, Detections, Predictions, Targets
 from base.errors import UserError
-
-DEVICE = torch.device(os.environ.get("SSD_TEST_DEVICE", "cpu"))
+from tests.conftest import DEVICE
 
 
 def small_model(backend, **changes):

@@ -7,14 +7,14 @@ import torch
 from base.boxes import decode as decode_offsets
 from base.boxes import encode
 from base.contracts import FIGURES, Detections, Predictions, Targets
-from tests.conftest import GOLDEN
+from tests.conftest import DEVICE, GOLDEN
 
 
 def from_mlperf(array: np.ndarray, order: torch.Tensor) -> torch.Tensor:
     """(N, K, A) in the MLPerf order → (N, A, K) in this project's order."""
     inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
-    return torch.from_numpy(array.astype(np.float32)).transpose(1, 2)[:, inverse].contiguous()
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return torch.from_numpy(array.astype(np.float32)).to(order.device).transpose(1, 2)[:, inverse].contiguous()
 
 
 def test_default_boxes_at_300_are_mlperfs(model_300, golden):
@@ -22,7 +22,7 @@ def test_default_boxes_at_300_are_mlperfs(model_300, golden):
     assert boxes.feature_sizes == ((38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1))
     assert boxes.xywh.dtype == torch.float32 and len(boxes) == 8732
     for key in ("xywh", "ltrb"):
-        np.testing.assert_allclose(getattr(boxes, key)[boxes.mlperf_order].numpy(), want[key], atol=1e-6, rtol=0)
+        np.testing.assert_allclose(getattr(boxes, key)[boxes.mlperf_order].cpu().numpy(), want[key], atol=1e-6, rtol=0)
 
 
 def test_default_boxes_at_1200_are_mlperfs(backend, golden):
@@ -35,18 +35,18 @@ def test_default_boxes_at_1200_are_mlperfs(backend, golden):
 @pytest.mark.parametrize("case", range(10))
 def test_matching(backend, model_300, golden, case):
     data, boxes = golden("matching"), model_300.default_boxes
-    truth, labels = torch.from_numpy(data[f"{case}_boxes_ltrb"]), torch.from_numpy(data[f"{case}_labels"])
+    truth, labels = (torch.from_numpy(data[f"{case}_{key}"]).to(DEVICE) for key in ("boxes_ltrb", "labels"))
     targets = backend.matcher(truth[None], labels[None], boxes)
     assert targets.offsets.dtype == torch.float32 and targets.labels.dtype == torch.int64
-    got = targets.labels[0, boxes.mlperf_order].numpy()
+    got = targets.labels[0, boxes.mlperf_order].cpu().numpy()
     positive = np.flatnonzero(got)
     np.testing.assert_array_equal(positive, data[f"{case}_positive_anchor"])
     np.testing.assert_array_equal(got[positive], data[f"{case}_positive_label"])
     xywh = torch.from_numpy(data[f"{case}_positive_xywh"])
-    defaults = boxes.xywh[boxes.mlperf_order][positive]
+    defaults = boxes.xywh[boxes.mlperf_order].cpu()[positive]
     centre = (xywh[:, :2] - defaults[:, :2]) / defaults[:, 2:] / 0.1
     want = torch.cat([centre, (xywh[:, 2:] / defaults[:, 2:]).log() / 0.2], 1)
-    np.testing.assert_allclose(targets.offsets[0, boxes.mlperf_order][positive].numpy(), want.numpy(), atol=2e-4)
+    np.testing.assert_allclose(targets.offsets[0, boxes.mlperf_order].cpu()[positive].numpy(), want.numpy(), atol=2e-4)
     assert not targets.offsets[targets.labels == 0].any()
 
 
@@ -57,6 +57,7 @@ def test_matching_a_padded_batch_equals_single_images(backend, model_300, golden
     for i in range(10):
         count = len(data[f"{i}_labels"])
         truth[i, :count], labels[i, :count] = torch.from_numpy(data[f"{i}_boxes_ltrb"]), torch.from_numpy(data[f"{i}_labels"])
+    truth, labels = truth.to(DEVICE), labels.to(DEVICE)
     together = backend.matcher(truth, labels, boxes)
     for i in range(11):
         alone = backend.matcher(truth[i : i + 1], labels[i : i + 1], boxes)
@@ -73,7 +74,7 @@ def loss_case(golden, order):
     for i in range(count):
         n = len(data[f"{i}_labels"])
         boxes[i, :n], labels[i, :n] = torch.from_numpy(data[f"{i}_boxes_ltrb"]), torch.from_numpy(data[f"{i}_labels"])
-    return data, offsets, logits, boxes, labels
+    return data, offsets, logits, boxes.to(DEVICE), labels.to(DEVICE)
 
 
 def test_loss_and_gradients(backend, model_300, golden):
@@ -84,8 +85,8 @@ def test_loss_and_gradients(backend, model_300, golden):
     loss.backward()
     assert loss.item() == pytest.approx(float(data["loss"]), rel=1e-4)
     for grad, key in ((offsets.grad, "grad_loc_abs_sum"), (logits.grad, "grad_logits_abs_sum")):
-        np.testing.assert_allclose(grad.abs().sum((1, 2)).numpy(), data[key], rtol=1e-3, atol=1e-5)
-    np.testing.assert_array_equal((logits.grad.abs().sum(2) > 0).sum(1).numpy(), data["grad_logits_nonzero_anchors"])
+        np.testing.assert_allclose(grad.abs().sum((1, 2)).cpu().numpy(), data[key], rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal((logits.grad.abs().sum(2) > 0).sum(1).cpu().numpy(), data["grad_logits_nonzero_anchors"])
     for i, want in enumerate(data["per_image"]):
         alone = backend.loss(Predictions(offsets[i : i + 1], logits[i : i + 1]), Targets(targets.offsets[i : i + 1], targets.labels[i : i + 1]))
         assert alone.item() == pytest.approx(want, rel=1e-4)
@@ -97,6 +98,7 @@ def test_decoding(backend, model_300, golden):
     found = backend.decoder(predictions, boxes, score_threshold=0.05, iou_threshold=0.5, max_detections=200)
     assert len(found) == 4
     for i, image in enumerate(found):
+        image = Detections(*(column.cpu() for column in image))
         scores = data[f"{i}_scores"]
         assert len(image.scores) == len(image.labels) == len(image.boxes) == len(scores)
         np.testing.assert_allclose(image.scores.numpy(), scores, atol=1e-4)
@@ -144,6 +146,6 @@ def test_coco_figures_without_detections(backend, golden):
 def test_offsets_decode_to_the_boxes_they_encode(model_300):
     torch.manual_seed(3)
     corner = torch.rand(len(model_300.default_boxes), 2) * 0.8
-    boxes = torch.cat([corner, corner + 0.01 + torch.rand(len(corner), 2) * 0.19], 1)
+    boxes = torch.cat([corner, corner + 0.01 + torch.rand(len(corner), 2) * 0.19], 1).to(DEVICE)
     again = decode_offsets(encode(boxes, model_300.default_boxes.xywh), model_300.default_boxes.xywh)
     torch.testing.assert_close(again, boxes, atol=1e-5, rtol=0)
