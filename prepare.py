@@ -117,7 +117,9 @@ def stream(command: list[str | Path], hide: str = "") -> tuple[int, list[str]]:
 
 def install(environment: Environment, backend: Path, extras: list[str], state: dict[str, Any]) -> None:
     """One pip call for the project and the backend's requirements."""
-    if state["refused"] and not environment.own:
+    if state["unfit"]:
+        raise UserError(f"{', '.join(state['unfit'])}: not for {environment.label} on this machine; --python EXE takes the Python that they are for")
+    if state["refused"] and not (environment.own and "+" not in str(state["refused"])):  # +: a vendor's, also in an environment of ours
         found = "; ".join(f"{name} {text}" for name, text in state["refused"].items())
         raise UserError(f"{environment.label} has {found}: it may be a vendor's build and is not replaced; use another environment "
                         f"(--python EXE), or remove it: {environment.python} -m pip uninstall {' '.join(state['refused'])}")  # fmt: skip
@@ -133,6 +135,8 @@ def install(environment: Environment, backend: Path, extras: list[str], state: d
         constraints.write_text("\n".join(state["constraints"]) + "\n")
         target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
         command = [environment.python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "-c", constraints, "-e", target]
+        if (backend / "packages").exists():  # a vendor's own builds, which no index has
+            command += ["--find-links", backend / "packages"]
         if (backend / "requirements.txt").exists():
             command += ["-r", backend / "requirements.txt"]
         if sys.stdout.isatty():  # pip draws its progress bars only on a terminal of its own
@@ -176,6 +180,7 @@ def check(options: argparse.Namespace, backend: Path, extras: list[str]) -> int:
         print(f"environment: {environment.label}")
         state = ask(environment, "inspect", str(backend), extras)
         faults += [(fault, again) for fault in state["faults"]]
+        faults += [(f"{wheel} is not for this Python", "--python EXE takes the one that it is for") for wheel in state["unfit"]]
         faults += [(fault, again) for fault in ask(environment, "check_imports", options.name, state["missing"])]
         try:
             if not built(environment, backend):

@@ -6,7 +6,7 @@ import sys
 from base.errors import UserError
 
 TOOLS = {
-    "train": ("base.launch", "train and evaluate a detector (what run_training.sh calls)"),
+    "train": ("base.tools.launch", "train and evaluate a detector (what run_training.sh calls)"),
     "config": ("base.tools.config", "print a resolved configuration and where each value comes from"),
     "evaluate": ("base.tools.evaluate", "the 12 COCO figures of a checkpoint"),
     "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from base import contracts
 from base.backends import backend_folder, list_backends, nearest
 from base.errors import UserError
+from base.telemetry import MakeSensor
 
 __all__ = ["Backend", "backend_folder", "list_backends", "load_backend", "nearest"]
 
@@ -40,6 +41,8 @@ class Backend:
 
     ``device`` is a torch device type, or ``auto``: the machine's accelerator if it has one, else the CPU.
     ``distributed`` is a torch.distributed backend, or ``auto``: the one that torch has for the device.
+    ``cards`` is what the devices' names begin with, as a regular expression: for device types that several vendors' torch builds share.
+    ``telemetry`` reads a device's power and memory. Both are also those of the backend that it extends, if that has the same device type.
     The folder's ``requirements.txt`` and ``build.py``, if there, are what ``prepare.py`` installs and builds.
     """
 
@@ -47,6 +50,8 @@ class Backend:
     device: str = "auto"
     distributed: str = "auto"
     extends: str | None = "reference"
+    cards: str | None = None
+    telemetry: MakeSensor | None = None
     train_loader: Callable[..., contracts.Loader] | None = None
     eval_loader: Callable[..., contracts.Loader] | None = None
     model: Callable | None = None
@@ -93,7 +98,7 @@ def _record(name: str, children: tuple[str, ...]) -> Backend:
     if not isinstance(own, Backend) or own.name != name:
         has = f"the name {own.name!r}" if isinstance(own, Backend) else "none" if own is None else repr(own)
         raise UserError(f"{folder}/backend.py must define BACKEND = Backend(name={name!r}, …), as its folder is called, and has {has}")
-    kinds = {"device": str, "distributed": str, "extends": str | None}
+    kinds = {"device": str, "distributed": str, "extends": str | None, "cards": str | None}
     if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(own, key), kind)]:
         raise UserError(f"{folder}/backend.py: {wrong[0]}={getattr(own, wrong[0])!r} must be a name")
     mine = {slot: getattr(own, slot) for slot in SLOTS if getattr(own, slot) is not None}
@@ -105,6 +110,8 @@ def _record(name: str, children: tuple[str, ...]) -> Backend:
         return replace(own, suppliers=dict.fromkeys(SLOTS, name))
     parent = _record(own.extends, (*children, name))
     merged = {slot: mine.get(slot, getattr(parent, slot)) for slot in SLOTS}
+    if parent.device == own.device:
+        merged |= {"cards": own.cards or parent.cards, "telemetry": own.telemetry or parent.telemetry}
     return replace(own, **merged, suppliers={**parent.suppliers, **dict.fromkeys(mine, name)})
 
 

@@ -95,6 +95,7 @@ class Config(BaseModel):
     # Records
     runs_dir: str = "runs"  # where a run makes its folder
     log_every: Count = 10  # steps between records of the loss
+    telemetry_seconds: Rate = 1.0  # between two looks at the devices' power, memory and clock; 0: none
     checkpoint_every: NotNegative = 0  # steps between checkpoints; 0: only after each epoch, as in any case
     keep_checkpoints: Count = 2  # the last so many are kept, beside the best
 

@@ -1,6 +1,7 @@
 """The ranks of a run: who I am, and the few things that ranks tell each other outside the training step."""
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,7 @@ class Ranks:
     device: torch.device
     control: Any = None
     timeout: timedelta | None = None  # of what ranks do together
+    local_rank: int = 0  # among those of this machine
 
     @property
     def is_first(self) -> bool:
@@ -83,20 +85,32 @@ def devices_here(kind: str) -> int | None:
     return module.device_count() if module.is_available() else 0
 
 
+def device_names(kind: str) -> list[str]:
+    """What the driver calls this machine's devices of a type that `devices_here` found; the CPU has none."""
+    return [] if kind == "cpu" else [torch.get_device_module(kind).get_device_name(index) for index in range(devices_here(kind))]
+
+
+def check_cards(backend, names: list[str]) -> None:
+    """Raises UserError if a device's name does not begin as ``backend.cards`` says: another vendor's torch has the same device type."""
+    if other := [name for name in names if backend.cards and not re.match(backend.cards, name)]:
+        what = f"backend {backend.name} is for devices whose names begin with {backend.cards}, and this machine has {other[0]!r}"
+        raise UserError(f"{what}; --list shows the other backends")
+
+
 def join(wanted_device: str, wanted_group: str, timeout: int) -> Ranks:
     """Joins the process groups that torchrun's environment describes; ``timeout`` in seconds."""
     rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     kind = device_type(wanted_device)
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, local)
     if kind != "cpu":
-        torch.accelerator.set_device_index(local)
+        torch.get_device_module(kind).set_device(local)
     if world_size == 1:
-        return Ranks(rank, world_size, device)
+        return Ranks(rank, world_size, device, local_rank=local)
     group = wanted_group if wanted_group != "auto" else dist.get_default_backend_for_device(device)
     limit = timedelta(seconds=timeout)
     dist.init_process_group(group, timeout=limit)
     control = dist.group.WORLD if group == "gloo" else dist.new_group(backend="gloo", timeout=limit)
-    return Ranks(rank, world_size, device, control, limit)
+    return Ranks(rank, world_size, device, control, limit, local)
 
 
 def leave() -> None:

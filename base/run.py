@@ -19,6 +19,7 @@ from base.distributed import Ranks
 from base.evaluate import Background, make_eval_loader
 from base.index import AnnotationIndex
 from base.records import Records, cut_back, environment, write_start
+from base.telemetry import Sampler
 from base.weights import load_backbone
 
 
@@ -56,6 +57,7 @@ class Run:
     eval_loader: Loader
     images: int  # training images with boxes
     categories: dict
+    telemetry: Sampler
     progress: Progress = field(default_factory=Progress)
     skipped: set[str] = field(default_factory=set)  # images that could not be read and have been listed
     evaluating: tuple[int, int, float] | None = None  # (epoch, step, start) of the evaluation in the background, on every rank
@@ -132,6 +134,7 @@ def set_up(
     state = Run(
         config, folder, ranks, stopped, records, backend, model, optimizer, step, train_loader,
         make_eval_loader(backend, config, ranks), images, categories,
+        Sampler(backend.telemetry, config.telemetry_seconds, ranks.device, ranks.local_rank),
     )  # fmt: skip
     if found:
         content = found[1]

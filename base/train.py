@@ -1,4 +1,4 @@
-"""The training loop, as one rank runs it: ``python -m base.train`` under torchrun; `base.launch` starts it.
+"""The training loop, as one rank runs it: ``python -m base.train`` under torchrun; `base.tools.launch` starts it.
 
 Read it from `run` down; `base.run` builds what it works with. Backends replace components, never this loop.
 """
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from base import checkpoint, distributed
+from base import checkpoint, distributed, telemetry
 from base.backend import load_backend
 from base.checkpoint import Progress
 from base.config import Config, validate
@@ -30,15 +30,19 @@ def run(config: Config, sources: dict, name: str, folder: Path, resume: bool, ra
     records = Records(folder if ranks.is_first else None, Display(silent=not ranks.is_first))
     try:
         state = set_up(config, name, folder, resume, ranks, stopped, records, sources)
-        reached = train(state)
+        try:
+            reached = train(state)
+        finally:
+            state.telemetry.close()
         if reached is None:
             records.log(f"stopped after step {state.progress.step}; go on with: bash run_training.sh --resume {folder}")
             return STOPPED
         records.mlperf.run_stop(reached)
-        records.metric("end", reached=reached, steps=state.progress.step, seconds=round(state.progress.seconds, 3))
+        drawn = telemetry.whole_run(state.progress, state.progress.step * config.global_batch)
+        records.metric("end", reached=reached, steps=state.progress.step, seconds=round(state.progress.seconds, 3), **drawn)
         records.display.close()
         device = config.model_copy(update={"device": ranks.device.type})
-        records.log(summary(device, state.progress, state.images, folder, reached, name))
+        records.log(summary(device, state.progress, state.images, folder, reached, name, drawn, state.telemetry.missing))
         return 0
     finally:
         records.close()
@@ -75,6 +79,7 @@ def train_epoch(state: Run, epoch: int, first: int) -> bool:
     """The steps of one epoch from ``first`` on, or to ``total_steps``; False if the run was asked to stop."""
     config, progress, ranks = state.config, state.progress, state.ranks
     state.train_loader.set_epoch(epoch, first)
+    state.telemetry.switch("training")
     batches = iter(state.train_loader)
     began = time.monotonic()
     while progress.step < min(state.total_steps, (epoch + 1) * state.steps_per_epoch):
@@ -162,6 +167,8 @@ def save(state: Run) -> None:
     began = time.monotonic()
     settle(state, leave=0)
     collect(state)
+    before = state.telemetry.switch("checkpoint")
+    telemetry.record(state.telemetry, state.ranks, state.records, state.progress)
     loaders = []
     if hasattr(state.train_loader, "state_dict"):
         loaders = state.ranks.gathered(state.train_loader.state_dict())
@@ -175,6 +182,7 @@ def save(state: Run) -> None:
         except UserError as error:
             failure = str(error)
     exchange(state, failure)
+    state.telemetry.switch(before)
     state.progress.seconds += time.monotonic() - began
 
 
@@ -184,6 +192,7 @@ def evaluate_epoch(state: Run, epoch: int) -> bool:
     began = time.monotonic()
     config, ranks = state.config, state.ranks
     state.records.mlperf.eval_start(epoch)
+    before = state.telemetry.switch("evaluation")
     arrays, bad = detect(state.backend, config, ranks, state.step, state.model.default_boxes, state.eval_loader, state.stopped)
     report_skipped(state, bad)
     if arrays is None:
@@ -197,6 +206,7 @@ def evaluate_epoch(state: Run, epoch: int) -> bool:
     else:
         found = figures(state.backend, config.path("val_annotations"), arrays) if ranks.is_first else None
         record_evaluation(state, epoch, state.progress.step, ranks.gathered(found)[0], time.monotonic() - began)
+    state.telemetry.switch(before)
     state.progress.seconds += time.monotonic() - began
     return True
 
@@ -243,7 +253,7 @@ def target_reached(config: Config, progress: Progress) -> bool:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base.train", description="one rank; use run_training.sh to start a run")
-    parser.add_argument("run", help="what base.launch resolved, as JSON")
+    parser.add_argument("run", help="what base.tools.launch resolved, as JSON")
     given = json.loads(parser.parse_args(arguments).run)
     stopped = StopRequest()
     config = validate(given["config"], given["sources"])

@@ -9,11 +9,13 @@ from .loss import multibox_loss
 from .matcher import match
 from .model import NativeSSD
 from .step import CPUStep, build_optimizer
+from .telemetry import HostSensor
 
 BACKEND = Backend(
     name="cpu",
     device="cpu",
     distributed="gloo",
+    telemetry=HostSensor,
     train_loader=train_loader,
     eval_loader=eval_loader,
     model=NativeSSD,

@@ -10,11 +10,14 @@ from .loss import multibox_loss
 from .matcher import match
 from .model import FusedSSD
 from .step import GraphedStep, build_optimizer
+from .telemetry import open_sensor
 
 BACKEND = Backend(
     name="nvidia",
     device="cuda",
     distributed="nccl",
+    cards=r"NVIDIA|Tesla|GeForce|Quadro|TITAN|GRID|[ABHLPTV]\d+\b",  # before driver 450 without the first
+    telemetry=open_sensor,
     train_loader=train_loader,
     eval_loader=eval_loader,
     model=FusedSSD,

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from base.backend import backend_folder, list_backends
 from base.config import COUNTS, LARGEST_FILE, RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate
 from base.errors import UserError
-from base.launch import flag_value, parse
 from base.records import config_text
 from base.schedule import scaled_rate, warmup_steps
+from base.tools.launch import flag_value, parse
 
 SHIPPED = sorted({(name, config) for name in list_backends() for config in list_configs(backend_folder(name))})
 TRAIN_IMAGES = 117_266  # of train2017 with boxes
@@ -270,6 +270,7 @@ A_VALUE = {  # for each key: the flag's words, and the value that must reach the
     "max_detections": (["100"], 100),
     "runs_dir": (["null-island"], "null-island"),
     "log_every": (["1"], 1),
+    "telemetry_seconds": (["0.5"], 0.5),
     "checkpoint_every": (["100"], 100),
     "keep_checkpoints": (["1"], 1),
 }
@@ -366,7 +367,7 @@ def configs(draw):
         **dict.fromkeys(("backbone_path", "data_dir"), st.none() | PATHS),
         **dict.fromkeys(("train_images", "train_annotations", "val_images", "val_annotations"), INSIDE),
         **dict.fromkeys(("decay_epochs", "eval_epochs"), RISING),
-        **dict.fromkeys(("learning_rate", "weight_decay"), RATE),
+        **dict.fromkeys(("learning_rate", "weight_decay", "telemetry_seconds"), RATE),
         **dict.fromkeys(("decay_factor", "momentum", "score_threshold", "iou_threshold"), SHARE),
         "runs_dir": PATHS,
     }

@@ -18,8 +18,8 @@ from base.backend import SLOTS, backend_folder, list_backends, load_backend
 from base.backends import DEFAULT_BACKEND
 from base.config import Config, Resolved, list_configs, meanings
 from base.errors import UserError
-from base.launch import RESUMABLE, main
 from base.records import config_text
+from base.tools.launch import RESUMABLE, main
 from tests.conftest import ROOT, SMALL, Started
 
 NO_ACCELERATOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
@@ -234,7 +234,7 @@ def test_annotations_that_are_none(here, layout, text):
 
 
 def test_the_demo_draws_its_data_last(here, monkeypatch, capsys):
-    monkeypatch.setattr("base.launch.DEMO_DATA", here / "drawn")
+    monkeypatch.setattr("base.tools.launch.DEMO_DATA", here / "drawn")
     with pytest.raises(UserError, match="no component is called"):
         main(["--use", "los=reference"])
     assert main(["--dry-run", "--device", "cpu"]) == 0

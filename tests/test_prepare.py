@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -231,8 +232,8 @@ def distribution(python: Path, name: str, version: str, *requires: str) -> None:
     (folder / "METADATA").write_text("\n".join(lines) + "\n")
 
 
-def inspect(project: Path, python: Path) -> dict:
-    call = "print(json.dumps(installed.inspect('/nowhere', [])))"
+def inspect(project: Path, python: Path, backend: Path = Path("/nowhere")) -> dict:
+    call = f"print(json.dumps(installed.inspect({str(backend)!r}, [])))"
     code = f"import sys, json; sys.path.append({str(project)!r}); from base.tools import installed; {call}"
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout)
 
@@ -258,7 +259,56 @@ def test_vendor_torch_that_is_too_old_is_not_replaced(project, vendor):
         shutil.rmtree(folder)
     distribution(vendor, "torch", "2.4.1+corex.4.2")
     done = prepare(project, "--python", vendor)
-    assert done.returncode == 2 and "torch 2.4.1+corex.4.2, needed is >=2.11" in done.stderr and "is not replaced" in done.stderr
+    assert done.returncode == 2 and "torch 2.4.1+corex.4.2, needed is >=2.7" in done.stderr and "is not replaced" in done.stderr
+
+
+def wheel(folder: Path, name: str, version: str, *needs: str, tag: str = "py3-none-any") -> Path:
+    """A wheel with one module and nothing in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, info = folder / f"{name}-{version}-{tag}.whl", f"{name}-{version}.dist-info"
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
+    metadata = "".join(f"{line}\n" for line in lines)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{name}.py", "")
+        file.writestr(f"{info}/METADATA", metadata)
+        file.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        file.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_a_vendors_wheels_take_the_place_of_the_pinned_versions(project, tmp_path):
+    place = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    python, packages = place / "bin" / "python", tmp_path / "acme" / "packages"
+    distribution(python, "torch", "2.15.0")
+    wheel(packages, "torch", "2.7.1+acme.1", "sympy>=1.13.3", "triton==3.1.0; platform_system == 'Linux'")
+    wheel(packages, "torch", "2.7.1+acme.2", "sympy>=1.13.3", "triton==3.1.0; platform_system == 'Linux'")
+    wheel(packages, "torch", "2.9.0+acme.9", tag="cp27-cp27m-win32")
+    state = inspect(project, python, tmp_path / "acme")
+    assert state["kept"] == state["refused"] == {} and state["unfit"] == []
+    assert "torch==2.7.1+acme.2" in state["constraints"] and "triton" not in [pin.split("==")[0] for pin in state["constraints"]]
+    assert "torch 2.15.0 is installed, acme/packages has torch==2.7.1+acme.2" in state["faults"]
+    for path in packages.glob("*py3-none-any.whl"):
+        path.unlink()
+    assert inspect(project, python, tmp_path / "acme")["unfit"] == [str(packages / "torch-2.9.0+acme.9-cp27-cp27m-win32.whl")]
+
+
+def test_prepare_installs_a_vendors_wheels(project, strangers, tmp_path):
+    strangers("acme", requirements="shiny>=1.0\n")
+    wheel(strangers.path / "acme" / "packages", "shiny", "1.5+acme")
+    place = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", place], check=True)
+    (next(place.glob("lib/*/site-packages")) / "more.pth").write_text(SITE + "\n")
+    python = place / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "setuptools"], check=True)
+    done = prepare(project, "--name", "acme", "--python", python, strangers=strangers.path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert subprocess.run([python, "-m", "pip", "show", "shiny"], capture_output=True, text=True).stdout.splitlines()[1] == "Version: 1.5+acme"
+    assert "everything is in place" in prepare(project, "--name", "acme", "--python", python, strangers=strangers.path).stdout
+    (strangers.path / "acme" / "packages" / "shiny-1.5+acme-py3-none-any.whl").unlink()
+    wheel(strangers.path / "acme" / "packages", "shiny", "1.6+acme", tag="cp27-cp27m-win32")
+    checked = prepare(project, "--name", "acme", "--python", python, "--check", strangers=strangers.path)
+    assert checked.returncode == 1 and "shiny-1.6+acme-cp27-cp27m-win32.whl is not for this Python" in checked.stdout
 
 
 def test_half_made_venv_is_rebuilt(project):

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--name", nargs="+", metavar="BACKEND", default=None, help="backends to compare (default: all that run on the CPU)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in training (base.launch); torch is not loaded yet
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in training (base.tools.launch); torch is not loaded yet
     boundaries, measure = chosen(options.part, options.name)
     print(boundaries, flush=True)
     figures = measure(lambda line: print(f"  {line}", file=sys.stderr, flush=True))

@@ -4,8 +4,8 @@ import shlex
 from typing import Any
 
 from base.errors import UserError
-from base.launch import fresh, parse
 from base.records import config_text
+from base.tools.launch import fresh, parse
 
 
 def main(arguments: list[str]) -> int:

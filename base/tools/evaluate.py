@@ -10,7 +10,7 @@ from base.backend import load_backend
 from base.backends import DEFAULT_BACKEND
 from base.config import Config, validate
 from base.contracts import FIGURES
-from base.distributed import Ranks, device_type, devices_here
+from base.distributed import Ranks, check_cards, device_names, device_type, devices_here
 from base.errors import UserError
 from base.evaluate import detect, figures, make_eval_loader
 from base.index import AnnotationIndex
@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
     kind = device_type(config.device if config.device != "auto" else backend.device)
     if devices_here(kind) == 0:
         raise UserError(f"this machine has no {kind} device; use --device cpu")
+    check_cards(backend, device_names(kind))
     ids = AnnotationIndex.open(config.path("val_annotations")).category_ids.tolist()
     if content and ids != content["categories"]["ids"]:
         raise UserError(f"{flags.checkpoint} knows categories {content['categories']['ids']}, the data set has {ids}")

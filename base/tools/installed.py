@@ -28,11 +28,37 @@ def parse_requirements(path: Path) -> list[str]:
     return lines
 
 
+def read_wheels(folder: Path) -> tuple[dict[str, tuple[str, list[str]]], list[str]]:
+    """A vendor's own builds, which no index has: package → (version, packages that it needs), and the files that do not fit this Python.
+
+    Of several versions of a package the latest that fits counts. Runs in the environment's own Python.
+    """
+    import zipfile
+    from email.parser import BytesParser
+
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.tags import sys_tags
+    from pip._vendor.packaging.utils import parse_wheel_filename
+
+    fitting, found, unfit = set(sys_tags()), {}, {}
+    named = [(*parse_wheel_filename(path.name), path) for path in folder.glob("*.whl")]
+    for name, version, _, tags, path in sorted(named, key=lambda each: each[:2]):
+        if fitting.isdisjoint(tags):
+            unfit[name] = str(path)
+            continue
+        with zipfile.ZipFile(path) as wheel:
+            (member,) = [each for each in wheel.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", each)]
+            needs = BytesParser().parsebytes(wheel.read(member)).get_all("Requires-Dist", [])
+        found[name] = str(version), [Requirement(line).name for line in needs]
+    return found, [path for name, path in unfit.items() if name not in found]
+
+
 def inspect(backend: str, extras: list[str]) -> dict[str, Any]:
     """Compare what is installed with what is required; runs in the environment's own Python and imports no package of it.
 
     `faults` is one line per requirement that is missing or in a wrong version, `packages` everything the requirements
-    reach, `constraints` the pins with those of a torch that is kept replaced, `inputs` what decided all this.
+    reach, `constraints` the pins with those of a torch that is kept replaced, `inputs` what decided all this, `unfit` the
+    wheels in the backend's `packages/` that are for another Python. The others there take the place of the pinned versions.
     """
     import tomllib
     from importlib.metadata import distributions
@@ -46,6 +72,10 @@ def inspect(backend: str, extras: list[str]) -> dict[str, Any]:
     everything = [each for each in distributions() if each.metadata["Name"]]
     installed = {canonical(each.metadata["Name"]): each for each in reversed(everything)}  # the first on the path wins
     pins = {canonical(pin.name): pin for pin in map(Requirement, parse_requirements(ROOT / "constraints.txt"))}
+    wheels, unfit = read_wheels(Path(backend) / "packages")
+    for name in [each for _, needs in wheels.values() for each in needs]:
+        pins.pop(canonical(name), None)
+    pins |= {name: Requirement(f"{name}=={version}") for name, (version, _) in wheels.items()}
 
     def reach(todo: list[tuple[Any, str]]) -> tuple[list[str], dict[str, str]]:
         """Follow requirements through what is installed: (what is wrong, version of everything reached)."""
@@ -58,7 +88,8 @@ def inspect(backend: str, extras: list[str]) -> dict[str, Any]:
             if found is None:
                 faults.add(f"{name} is not installed, {parent} needs {needed}")
                 continue
-            for limit, whose in ((needed, f"{parent} needs"), (pin, "constraints.txt allows")):
+            pinned = f"{Path(backend).name}/packages has" if name in wheels else "constraints.txt allows"
+            for limit, whose in ((needed, f"{parent} needs"), (pin, pinned)):
                 if not limit.specifier.contains(found.version, prereleases=True):
                     faults.add(f"{name} {found.version} is installed, {whose} {limit}")
                     break
@@ -74,7 +105,7 @@ def inspect(backend: str, extras: list[str]) -> dict[str, Any]:
     limits = {canonical(needed.name): needed.specifier for needed, _ in roots}
     there = {name: installed[name].version for name in ("torch", "torchvision") if name in installed}
     allowed = {name: version for name, version in there.items() if limits[name].contains(version, prereleases=True)}
-    kept = {name: version for name, version in allowed.items() if not pins[name].specifier.contains(version, prereleases=True)}
+    kept = {name: version for name, version in allowed.items() if name not in wheels and not pins[name].specifier.contains(version, prereleases=True)}
     if kept:  # a vendor's build: neither it nor what it was built against is replaced
         around = {"torchvision": "", "torch": "", **allowed, **reach([(Requirement(name), name) for name in kept])[1]}
         for name, version in around.items():
@@ -87,9 +118,10 @@ def inspect(backend: str, extras: list[str]) -> dict[str, Any]:
         faults.append(f"{project['name']} is not installed from {ROOT}")
     files = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(backend, "build.py")]
     texts = [path.read_text() if path.exists() else "" for path in files]
-    inputs = hashlib.sha256(repr([str(ROOT), sys.version, extras, lines, texts]).encode()).hexdigest()
+    inputs = hashlib.sha256(repr([str(ROOT), sys.version, extras, lines, texts, wheels]).encode()).hexdigest()
     refused = {name: f"{version}, needed is {limits[name]}" for name, version in there.items() if name not in allowed}
-    return {"faults": faults, "packages": packages, "kept": kept, "refused": refused, "inputs": inputs,
+    refused = {name: text for name, text in refused.items() if name not in wheels}
+    return {"faults": faults, "packages": packages, "kept": kept, "refused": refused, "inputs": inputs, "unfit": unfit,
             "constraints": sorted(map(str, pins.values())), "missing": [name for name in IMPORTS.values() if name not in installed]}
 
 

@@ -23,14 +23,14 @@ from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse
 from base.errors import UserError
 from base.index import AnnotationIndex
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO_DATA = ROOT / "data" / "demo"
 DEFAULT_CONFIG = "demo"
 ALIASES = {"nproc": "devices", "nproc_per_node": "devices", "nnodes": "nodes", "pretrained_backbone": "backbone_path"}
 # What may change when a run is resumed: nothing that alters the training so far.
 RESUMABLE = {
     "workers", "epochs", "max_steps", "target", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "timeout", "device",
-    "bind_cores",
+    "bind_cores", "telemetry_seconds",
 }  # fmt: skip
 LAYOUT = "train2017/, val2017/, annotations/instances_train2017.json and annotations/instances_val2017.json"
 
@@ -194,7 +194,7 @@ def check_data(config: Config) -> None:
 def check_backend(name: str, resolved: Resolved):
     """Loads the backend, counts devices, builds the model and reads the backbone file into it: all that can fail early."""
     from base.backend import load_backend
-    from base.distributed import device_type, devices_here
+    from base.distributed import check_cards, device_names, device_type, devices_here
     from base.weights import load_backbone
 
     config = resolved.config
@@ -216,6 +216,7 @@ def check_backend(name: str, resolved: Resolved):
             f"the configuration wants {config.devices} device{'s' * (config.devices != 1)} a node and this machine has {what}; "
             "choose a configuration that fits (--list), pass --nproc N, or --device cpu --nproc N for N processes on the CPU"
         )
+    check_cards(backend, device_names(kind)[: config.devices])
     model = backend.model(num_classes=2, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
     if config.backbone_path:
         load_backbone(model, config.backbone_path)

@@ -1,0 +1,1 @@
+from tests.conftest import demo_data, train  # noqa: F401 (fixtures)

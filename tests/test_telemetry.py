@@ -1,0 +1,286 @@
+"""Power, memory, utilisation and clock: summed up by phase, recorded, and never a run's end."""
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from base.backend import Backend
+from base.checkpoint import Progress
+from base.config import Config
+from base.distributed import Ranks, check_cards
+from base.errors import UserError
+from base.records import Records, summary
+from base.telemetry import Reading, Sampler, record, whole_run
+from base.terminal import Display
+from tests.conftest import losses
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
+
+
+class Recorded:
+    """A sensor that plays back what it is given, the last for ever; an exception is raised."""
+
+    def __init__(self, *readings: Reading | Exception, missing: str = ""):
+        self.readings, self.missing, self.threads = list(readings), missing, set()
+
+    def __call__(self, device: torch.device, local_rank: int) -> "Recorded":
+        return self
+
+    def read(self) -> Reading:
+        self.threads.add(threading.current_thread())
+        now = self.readings.pop(0) if len(self.readings) > 1 else self.readings[0]
+        if isinstance(now, Exception):
+            raise now
+        return now
+
+
+class Metered:
+    """A sensor whose counter rises by ``watts`` a second, or that tells the power itself."""
+
+    missing = ""
+
+    def __init__(self, watts: float, counts: bool):
+        self.watts, self.counts, self.start = watts, counts, time.monotonic()
+
+    def __call__(self, device: torch.device, local_rank: int) -> "Metered":
+        return self
+
+    def read(self) -> Reading:
+        joules = self.watts * (time.monotonic() - self.start)
+        return Reading(memory_bytes=7, joules=joules) if self.counts else Reading(memory_bytes=7, power_watts=self.watts)
+
+
+@pytest.fixture
+def records(tmp_path):
+    made = Records(tmp_path / "run", Display(silent=True))
+    yield made
+    made.close()
+
+
+def lines(folder: Path) -> list[dict]:
+    return [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if line["kind"] == "telemetry"]
+
+
+def finished(sensor, *phases: tuple[str, float], seconds: float = 0.01) -> Sampler:
+    """A sampler that has been through the phases, each with its seconds, and has ended."""
+    sampler = Sampler(sensor, seconds, CPU, 0)
+    for phase, lasting in phases:
+        sampler.switch(phase)
+        time.sleep(lasting)
+    sampler.close()
+    return sampler
+
+
+@pytest.mark.parametrize("counts", [True, False], ids=["energy counter", "power"])
+def test_energy_goes_to_the_phase_in_which_it_was_drawn(records, counts):
+    sampler, progress = finished(Metered(50.0, counts), ("training", 0.5), ("evaluation", 0.25), ("training", 0.25)), Progress()
+    record(sampler, ALONE, records, progress)
+    by_phase = {line["phase"]: line for line in lines(records.folder)}
+    assert by_phase["training"]["power_watts"] == pytest.approx(50, rel=0.01) == by_phase["evaluation"]["power_watts"]
+    assert by_phase["training"]["joules"] == progress.joules == pytest.approx(50 * progress.joules_seconds, rel=0.01)
+    assert 0.5 < progress.joules_seconds / 0.75 < 3 and 0.5 < by_phase["evaluation"]["joules"] / 12.5 < 4  # as exact as a busy machine sleeps
+    assert by_phase["training"]["memory_bytes"] == 7 and by_phase["training"]["utilisation"] is None
+    record(sampler, ALONE, records, progress)
+    assert len(lines(records.folder)) == len(by_phase)  # nothing is told twice
+
+
+def test_power_between_two_readings_is_their_mean():
+    sampler = Sampler(None, 1.0, CPU, 0)
+    sampler._add(Reading(power_watts=10, clock_hz=1e9, utilisation=0.5))
+    assert "watts" not in sampler.sums["set-up"]  # one reading alone says nothing of the time before it
+    sampler.spent, sampler.since = type(sampler.spent)({"training": 3.0, "evaluation": 1.0}), time.monotonic()
+    sampler._add(Reading(power_watts=30, clock_hz=2e9, utilisation=1.0))
+    assert sampler.sums["training"]["watts"] == pytest.approx(60, rel=1e-3) and sampler.sums["training"]["s watts"] == pytest.approx(3, rel=1e-3)
+    assert sampler.sums["evaluation"]["watts"] == pytest.approx(20, rel=1e-3)
+    assert sampler.sums["training"]["clock_hz"] == pytest.approx(6e9, rel=1e-3)
+    sampler.spent, sampler.since = type(sampler.spent)({"training": 2.0}), time.monotonic()
+    sampler._add(Reading())  # the power is not known at the end of this stretch
+    assert sampler.sums["training"]["s watts"] == pytest.approx(3, rel=1e-3)
+
+
+class Gathering:
+    """Ranks as `record` sees them, with what the others sent."""
+
+    def __init__(self, *others):
+        self.others = others
+
+    def gathered(self, value):
+        return [value, *self.others]
+
+
+def test_devices_are_summed_and_the_rest_is_their_mean(records):
+    own = Sampler(Recorded(Reading()), 60, CPU, 0)
+    own.close()
+    own.sums = {"training": own.spent.__class__({"watts": 1000.0, "s watts": 10.0, "clock_hz": 1e10, "s clock_hz": 10.0, "memory_bytes": 5})}
+    other = {"training": own.spent.__class__({"watts": 2000.0, "s watts": 10.0, "utilisation": 9.0, "s utilisation": 10.0, "memory_bytes": 9})}
+    silent = {"training": own.spent.__class__({"memory_bytes": 1})}  # the second rank of a host, whose first tells the power
+    progress = Progress(step=640, train_seconds=10.5)
+    record(own, Gathering((other, ""), (silent, "")), records, progress)
+    (line,) = lines(records.folder)
+    assert (line["power_watts"], line["joules"], line["memory_bytes"], line["step"]) == (300, 3000, 9, 640)
+    assert (line["clock_hz"], line["utilisation"]) == (1e9, 0.9)
+    found = whole_run(progress, images=6300)
+    assert found == {"memory_bytes": 9, "power_watts": 300, "joules": pytest.approx(3150), "images_per_joule": pytest.approx(2)}
+    table = summary(Config(), progress, 100, Path("runs/x"), False, "acme", found, "")
+    assert "energy  3,150 J in training (300.0 W), 2 images/J" in table and "memory  0.00 GiB at most" in table
+
+
+def test_without_a_whole_measure_no_energy_is_stated(records):
+    progress = Progress(joules=100.0, joules_seconds=5.0, train_seconds=10.0)
+    found = whole_run(progress, 1000)
+    assert found["joules"] is found["images_per_joule"] is None
+    said = summary(Config(), progress, 100, Path("runs/x"), False, "acme", found, "")
+    assert "energy  not measured (power was known for too little of the training)" in said
+    assert whole_run(Progress(), 0)["joules"] is None
+
+
+def test_a_sensor_that_stops_is_recorded_once_and_ends_nothing(records):
+    watts = Reading(power_watts=5.0)
+    sampler, progress = finished(Recorded(watts, watts, OSError("the card fell out")), ("training", 0.3)), Progress()
+    for _ in range(3):
+        record(sampler, ALONE, records, progress)
+    assert not sampler.thread.is_alive()
+    told = (records.folder / "log.txt").read_text().splitlines()
+    assert len(told) == 1 and told[0].endswith("power is not known; rank 0: its sensor does not work: the card fell out")
+    assert progress.joules == 0 and "fell out" in summary(Config(), progress, 9, Path("x"), False, "acme", whole_run(progress, 1), sampler.missing)
+
+
+def test_a_reading_that_hangs_does_not_hold_up_the_run():
+    entered, leave = threading.Event(), threading.Event()
+
+    class Hanging:
+        missing = ""
+
+        def read(self) -> Reading:
+            entered.set()
+            leave.wait(30)
+            return Reading()
+
+    sampler = Sampler(lambda device, local_rank: Hanging(), 0.01, CPU, 0)
+    assert entered.wait(10)
+    began = time.monotonic()
+    sampler.switch("training")
+    assert time.monotonic() - began < 5  # the lock is not held while a sensor reads
+    leave.set()
+    sampler.close()
+    assert not sampler.thread.is_alive()
+
+
+def test_a_package_that_is_missing_ends_a_run_before_it_starts():
+    def lacking(device, local_rank):
+        raise UserError("install it")
+
+    with pytest.raises(UserError, match="install it"):
+        Sampler(lacking, 1.0, CPU, 0)
+
+
+def test_no_sensor_no_thread_and_the_reason(records):
+    off, none = Sampler(Recorded(Reading()), 0, CPU, 0), Sampler(None, 1.0, CPU, 0)
+    assert (off.missing, none.missing) == ("telemetry_seconds is 0", "the backend has no sensor")
+    for sampler in (off, none):
+        assert sampler.switch("training") == "set-up" and not sampler.thread.is_alive()
+        record(sampler, ALONE, records, Progress())
+        sampler.close()
+    assert not lines(records.folder)
+
+
+def test_every_reading_is_made_in_the_thread():
+    sensor = Recorded(Reading())
+    sampler = finished(sensor, ("training", 0.1))
+    assert sensor.threads == {sampler.thread}
+
+
+def test_sensors_and_cards_come_from_the_backend_that_is_extended_if_the_device_is_the_same(tmp_path, monkeypatch):
+    from base import backends
+    from base.backend import load_backend
+
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    for name, more in {
+        "parent": "device='cuda', cards='Acme', telemetry=print",
+        "same": "device='cuda', extends='parent'",
+        "other": "extends='parent'",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "backend.py").write_text(f"from base.backend import Backend\nBACKEND = Backend(name={name!r}, {more})\n")
+    assert [(load_backend(n).cards, load_backend(n).telemetry) for n in ("parent", "same", "other")] == [
+        ("Acme", print),
+        ("Acme", print),
+        (None, None),
+    ]
+    assert Backend(name="x").telemetry is None and load_backend("reference").telemetry is None
+
+
+def test_cards_of_another_vendor_are_refused():
+    check_cards(Backend(name="acme", cards=r"Acme|A\d+\b"), ["Acme One", "A100-SXM4-40GB"])
+    check_cards(Backend(name="acme"), ["whatever"])
+    check_cards(Backend(name="acme", cards="Acme"), [])
+    with pytest.raises(UserError, match=r"backend acme is for devices whose names begin with Acme, and this machine has 'Bolt 2'; --list"):
+        check_cards(Backend(name="acme", cards="Acme"), ["Acme One", "Bolt 2"])
+
+
+# Whole runs, with a backend that reads a file instead of a device
+
+BACKEND = """
+import os
+from pathlib import Path
+from base.backend import Backend
+from base.telemetry import Reading
+
+class Sensor:
+    missing = ""
+
+    def __init__(self, device, local_rank):
+        self.file, self.rank = Path(os.environ["METER"]), local_rank
+
+    def read(self):
+        return Reading(memory_bytes=2**30 * (1 + self.rank), power_watts=float(self.file.read_text()), utilisation=0.5)
+
+BACKEND = Backend(name="metered", device="cpu", telemetry=Sensor)
+"""
+FLAGS = ("--name", "metered", "--epochs", "1", "--target", "null", "--log_every", "1", "--learning_rate", "0.01")
+
+
+@pytest.fixture
+def metered(tmp_path):
+    """Environment variables with which the backend `metered` is found."""
+    (tmp_path / "strangers" / "metered").mkdir(parents=True)
+    (tmp_path / "strangers" / "metered" / "backend.py").write_text(BACKEND)
+    (tmp_path / "meter").write_text("100")
+    return {"SSD_BACKEND_PATH": str(tmp_path / "strangers"), "METER": str(tmp_path / "meter")}
+
+
+def test_a_run_records_what_two_ranks_draw(train, tmp_path, metered):
+    done = train(*FLAGS, "--nproc", "2", "--batch_size", "4", "--telemetry_seconds", "0.05", env=metered)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    end = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert end["power_watts"] == pytest.approx(200) and end["memory_bytes"] == 2**31
+    rate = float(next(line for line in done.stdout.splitlines() if line.strip().startswith("images/s")).split()[1])
+    assert end["images_per_joule"] == pytest.approx(rate / 200, rel=0.02)
+    assert {"training", "evaluation", "checkpoint"} <= {line["phase"] for line in lines(run)}
+    assert [line["utilisation"] for line in lines(run)] == pytest.approx([0.5] * len(lines(run)))
+    assert "(200.0 W)" in done.stdout and "memory  2.00 GiB at most" in done.stdout
+
+
+def test_a_run_goes_on_without_its_sensor_and_trains_the_same(train, tmp_path, metered):
+    assert train(*FLAGS, "--telemetry_seconds", "0", run="none", env=metered).returncode == 0
+    (tmp_path / "meter").unlink()
+    done = train(*FLAGS, "--telemetry_seconds", "0.05", env=metered)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("power is not known") == 1 and "energy  not measured (rank 0: its sensor does not work" in done.stdout
+    assert losses(tmp_path / "run") == losses(tmp_path / "none")
+
+
+def test_a_resumed_run_keeps_what_was_drawn_before(train, tmp_path, metered):
+    assert train(*FLAGS, "--telemetry_seconds", "0.05", env=metered).returncode == 0
+    before = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    (tmp_path / "meter").write_text("300")
+    done = train("--resume", str(tmp_path / "run"), "--epochs", "3", env=metered)
+    assert done.returncode == 0, done.stderr
+    after = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert before["power_watts"] == pytest.approx(100) and 100 < after["power_watts"] < 300 and after["joules"] > 2 * before["joules"]
