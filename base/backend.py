@@ -31,6 +31,7 @@ CONTRACTS = {
     "evaluator": contracts.MakeEvaluator,
 }
 SLOTS = tuple(CONTRACTS)
+DTYPES = ("float32", "bfloat16", "float16")
 ALIASES = {"loader": ("train_loader", "eval_loader")}
 
 
@@ -40,6 +41,7 @@ class Backend:
 
     ``device`` is a torch device type, or ``auto``: the machine's accelerator if it has one, else the CPU.
     ``distributed`` is a torch.distributed backend, or ``auto``: the one that torch has for the device.
+    ``dtypes`` are those of predictions that its loss and decoder take; `verify` checks each.
     The folder's ``requirements.txt`` and ``build.py``, if there, are what ``prepare.py`` installs and builds.
     """
 
@@ -47,6 +49,7 @@ class Backend:
     device: str = "auto"
     distributed: str = "auto"
     extends: str | None = "reference"
+    dtypes: tuple[str, ...] = ("float32",)
     train_loader: Callable[..., contracts.Loader] | None = None
     eval_loader: Callable[..., contracts.Loader] | None = None
     model: Callable | None = None
@@ -96,6 +99,8 @@ def _record(name: str, children: tuple[str, ...]) -> Backend:
     kinds = {"device": str, "distributed": str, "extends": str | None}
     if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(own, key), kind)]:
         raise UserError(f"{folder}/backend.py: {wrong[0]}={getattr(own, wrong[0])!r} must be a name")
+    if not isinstance(own.dtypes, tuple) or not own.dtypes or not set(own.dtypes) <= set(DTYPES):
+        raise UserError(f"{folder}/backend.py: dtypes={own.dtypes!r} must be a tuple of some of {', '.join(DTYPES)}")
     mine = {slot: getattr(own, slot) for slot in SLOTS if getattr(own, slot) is not None}
     for slot, component in mine.items():
         _check_signature(folder, slot, component)

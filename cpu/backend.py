@@ -14,6 +14,7 @@ BACKEND = Backend(
     name="cpu",
     device="cpu",
     distributed="gloo",
+    dtypes=("float32", "bfloat16"),
     train_loader=train_loader,
     eval_loader=eval_loader,
     model=build_model,

@@ -15,6 +15,7 @@ BACKEND = Backend(
     name="nvidia",
     device="cuda",
     distributed="nccl",
+    dtypes=("float32", "bfloat16", "float16"),
     train_loader=train_loader,
     eval_loader=eval_loader,
     model=build_model,
