@@ -11,7 +11,7 @@ from PIL import Image
 from base.backend import Backend
 from base.contracts import FIGURES, Batch, Detections
 from base.index import AnnotationIndex
-from base.tools.verify_parts import GOLDEN, Found, Kit, apart, golden, wrong
+from base.tools.verify_parts import GOLDEN, Found, Kit, golden, wrong
 
 SIZE = (96, 128)  # height and width of the samples
 IMAGES, EMPTY = 43, 3  # pictures, of them without boxes
@@ -53,7 +53,8 @@ def ids(batches: list[Batch]) -> list[int]:
 
 def samples(batches: list[Batch]) -> dict[int, tuple]:
     """Image id → (pixels, boxes, labels, size), without padding."""
-    return {int(b.image_ids[n]): (b.images[n], b.boxes[n][b.labels[n] > 0], b.labels[n][b.labels[n] > 0], b.sizes[n]) for b in batches for n in range(len(b.labels))}
+    rows = [row for batch in batches for row in zip(*batch, strict=True)]
+    return {int(key): (image, boxes[labels > 0], labels[labels > 0], size) for image, boxes, labels, key, size in rows}
 
 
 def unequal(got: list[Batch], want: list[Batch], first: int = 0) -> float:

@@ -14,10 +14,10 @@ from base.contracts import FIGURES
 from base.errors import UserError
 from base.tools.demo_data import generate
 from base.tools.verify_model import SMALL, same_models
-from base.tools.verify_parts import Found, Kit, wrong
+from base.tools.verify_parts import Found, Kit
 
 STEPS, BATCH, RATE_A_STEP = 30, 8, 3e-4  # the demo's warm-up: its rate rises to 0.03 in 100 steps
-EVENTS = ["init_start", "init_stop", "run_start", "train_samples", "epoch_start", "epoch_stop", "eval_start", "eval_accuracy", "eval_stop", "run_stop"]
+EVENTS = ("init_start", "init_stop", "run_start", "train_samples", "epoch_start", "epoch_stop", "eval_start", "eval_accuracy", "run_stop")
 FILES = {"checkpoints", "config.yaml", "environment.json", "log.txt", "metrics.jsonl", "mlperf.log"}
 
 
@@ -47,7 +47,7 @@ def thirty_steps(kit: Kit) -> Found:
     yield "first loss", abs(got[0] / want[0] - 1), 0.01
     for part in (slice(0, 10), slice(10, 20), slice(20, STEPS)):
         yield f"losses of steps {part.start + 1} to {part.stop}, their mean", abs(got[part].mean() / want[part].mean() - 1), 0.05
-    print(np.round(got,2),np.round(want,2))
+    print(np.round(got, 2), np.round(want, 2))
 
 
 def records_of_a_run(kit: Kit) -> Found:
