@@ -16,6 +16,7 @@ from base.backend import SLOTS, load_backend
 from base.tools import verify_model
 from base.tools.verify import CHECKS, Kit, rows_of
 from tests.conftest import ROOT
+from tests.test_golden import DEVICE
 
 MUTANTS = Path(__file__).parent / "mutants"
 NAMES = sorted(file.parent.name for file in MUTANTS.glob("*/backend.py"))
@@ -39,7 +40,7 @@ def scratch(tmp_path_factory):
 
 
 def kit_of(name: str, scratch: Path) -> Kit:
-    return Kit(load_backend(name), load_backend("reference"), torch.device("cpu"), 3, scratch, {})
+    return Kit(load_backend(name), load_backend("reference"), DEVICE, 3, scratch, {})
 
 
 def command(*arguments: str, **env: str) -> subprocess.CompletedProcess:
