@@ -9,13 +9,13 @@ from base.backend import load_backend
 from base.boxes import decode as decode_offsets
 from base.boxes import encode
 from base.tools.verify_loaders import coco_golden
-from base.tools.verify_model import default_boxes_and_names
+from base.tools.verify_model import model_golden
 from base.tools.verify_parts import Kit, decoding_golden, loss_golden, matching_golden
 
 DEVICE = torch.device(os.environ.get("SSD_TEST_DEVICE", "cpu"))
 
 
-@pytest.mark.parametrize("check", [default_boxes_and_names, matching_golden, loss_golden, decoding_golden, coco_golden])
+@pytest.mark.parametrize("check", [model_golden, matching_golden, loss_golden, decoding_golden, coco_golden])
 def test_golden_data(backend, tmp_path, check):
     rows = list(check(Kit(backend, load_backend("reference"), DEVICE, 1, tmp_path, {})))
     assert rows and all(error <= tolerance for _, error, tolerance in rows), rows

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from base import distributed
 from base.backend import Backend, load_backend
 from base.contracts import Batch
-from base.tools.verify_parts import CLASSES, GOLDEN, Found, Kit, apart, golden, random_truth, relative, wrong
+from base.tools.verify_parts import CLASSES, Found, Kit, apart, golden, random_truth, relative, wrong
 from base.weights import from_mlperf
 
 SMALL = {"num_classes": CLASSES, "image_size": (96, 96), "strides": (1,) * 6, "backbone": "resnet18"}
@@ -33,19 +33,21 @@ def same_models(kit: Kit, options: dict = SMALL, backends: tuple[Backend, ...] =
     return models
 
 
-def default_boxes_and_names(kit: Kit) -> Found:
-    coco = kit.backend.model(**COCO).to(kit.device)
-    for name, model in (("default_boxes_300", coco), ("default_boxes_1200", kit.backend.model(**LARGE).to(kit.device))) if GOLDEN else ():
-        boxes, data = model.default_boxes, golden(name)
-        yield f"golden: {name.replace('_', ' ')}", max(apart(getattr(boxes, key)[boxes.mlperf_order], kit.on(data[key])) for key in data), 1e-6
+def default_boxes_of_a_wide_image(kit: Kit) -> Found:
     model, plain = (backend.model(**WIDE) for backend in (kit.backend, kit.reference))
     got, want = model.default_boxes, plain.default_boxes
     yield "default boxes of a wide image", max(apart(got.xywh, want.xywh), apart(got.ltrb, want.ltrb)), 1e-6
     yield "MLPerf order", apart(got.mlperf_order, want.mlperf_order), 0
-    if GOLDEN:
-        theirs = from_mlperf({name: torch.empty(shape, device="meta") for name, shape in golden("mlperf_state_dict")})
-        want, got = ({name: tensor.shape for name, tensor in state.items()} for state in (theirs, coco.state_dict()))
-        yield "golden: names and shapes of weights", len(set(got.items()) ^ set(want.items())), 0
+
+
+def model_golden(kit: Kit) -> Found:
+    coco, large = (kit.backend.model(**options).to(kit.device) for options in (COCO, LARGE))
+    for name, model in (("default_boxes_300", coco), ("default_boxes_1200", large)):
+        boxes, data = model.default_boxes, golden(name)
+        yield f"golden: {name.replace('_', ' ')}", max(apart(getattr(boxes, key)[boxes.mlperf_order], kit.on(data[key])) for key in data), 1e-6
+    theirs = from_mlperf({name: torch.empty(shape, device="meta") for name, shape in golden("mlperf_state_dict")})
+    want, got = ({name: tensor.shape for name, tensor in state.items()} for state in (theirs, coco.state_dict()))
+    yield "golden: names and shapes of weights", len(set(got.items()) ^ set(want.items())), 0
 
 
 def forward_and_backward(kit: Kit) -> Found:
@@ -110,12 +112,8 @@ def same_steps(kit: Kit, backends: tuple[Backend, Backend], **options) -> list[t
     return made
 
 
-def place(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().float().flatten() for p in model.parameters()])
-
-
-def statistics(model: nn.Module) -> Tensor:
-    return torch.cat([b.detach().float().flatten() for b in model.buffers() if b.is_floating_point()])
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.detach().float().flatten() for t in tensors if t.is_floating_point()])
 
 
 def errors(losses: list[float], ways: list[Tensor], models: list[nn.Module]) -> dict[str, float]:
@@ -125,7 +123,7 @@ def errors(losses: list[float], ways: list[Tensor], models: list[nn.Module]) -> 
         "loss": abs(losses[0] / losses[1] - 1),
         "way of the weights": relative(*ways),
         "its length": abs(lengths[0] - lengths[1]) / (lengths[1] or 1),
-        "running statistics": relative(*map(statistics, models)),
+        "running statistics": relative(*(flat(model.buffers()) for model in models)),
     }
 
 
@@ -151,9 +149,9 @@ def training_steps(kit: Kit) -> Found:
         own, plain = same_steps(kit, (kit.backend, kit.reference), accumulation=accumulation)
         for rate in RATES[: None if accumulation == 1 else 2]:
             put_beside(plain, own)
-            before = place(own[1])
+            before = flat(own[1].parameters())
             losses = [step(batch, rate) for step, *_ in (own, plain)]
-            found = errors([loss.item() for loss in losses], [place(model) - before for _, model, _ in (own, plain)], [own[1], plain[1]])
+            found = errors([loss.item() for loss in losses], [flat(model.parameters()) - before for _, model, _ in (own, plain)], [own[1], plain[1]])
             worst = {name: max(worst[name], error) for name, error in found.items()}
             if losses[0].shape != () or losses[0].requires_grad:
                 raise ValueError(f"a step returns a detached scalar, and this is {losses[0]}")
@@ -175,7 +173,7 @@ def prediction(kit: Kit) -> Found:
     moved = max(apart(value, state[name]) for name, value in model.state_dict().items())
     yield "predict changes nothing and takes no gradients", moved + got.logits.requires_grad, 0
     own(batch, 0.01)
-    yield "training goes on after it", wrong(moves=relative(statistics(model), statistics(other)) > 0), 0
+    yield "training goes on after it", wrong(moves=relative(flat(model.buffers()), flat(other.buffers())) > 0), 0
     kit.backend.step(model=model, optimizer=None, matcher=None, loss=None, device=kit.device).load_state_dict(own.state_dict())
 
 
@@ -187,9 +185,9 @@ def rank_main(rank: int, port: int, name: str, use: dict, kind: str, seed: int, 
     kit = Kit(backend, load_backend("reference"), ranks.device, seed, Path(folder), use)
     half = Batch(*(t[8 * rank : 8 * rank + 8] for t in random_batch(kit, 16)))
     steps, models, _ = zip(*same_steps(kit, (backend, kit.reference), world_size=2), strict=True)
-    before = place(models[0])
+    before = flat(models[0].parameters())
     losses = [step(half, 0.02).item() for step in steps]
-    found = errors(losses, [place(model) - before for model in models], list(models))
+    found = errors(losses, [flat(model.parameters()) - before for model in models], list(models))
     torch.save((found, tolerated(steps[0], half), models[0].state_dict()), f"{folder}/rank{rank}.pt")
     distributed.leave()
 
@@ -229,7 +227,7 @@ def timed_optimizer(kit: Kit, backend: Backend) -> Callable:
 
 
 CHECKS = {
-    "model": (default_boxes_and_names, forward_and_backward),
+    "model": (model_golden, default_boxes_of_a_wide_image, forward_and_backward),
     "optimizer": (steps_of_sgd,),
     "step": (training_steps, prediction, two_ranks),
 }

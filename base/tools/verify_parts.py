@@ -20,7 +20,8 @@ from base.contracts import Detections, Predictions, Targets
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"
 GOLDEN = FOLDER if FOLDER.is_dir() else None  # figures of the MLPerf reference and of pycocotools, in a checkout
-LEVELS_300 = ((38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1))
+COCO = ((38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1))  # levels at 300×300: 8,732 default boxes
+FEW = ((10, 10), (5, 5), (3, 3), (2, 2), (1, 1), (1, 1))  # 636, more than non-maximum suppression looks at in a class
 CLASSES = 5
 NEAR = 1e-6  # overlaps that are nearer than this to each other may be ordered either way
 ROUNDING = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 2e-3}  # relative error of gradients, which come in the predictions' dtype
@@ -47,11 +48,6 @@ class Kit:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.to(self.device, dtype or (torch.float32 if tensor.is_floating_point() else tensor.dtype))
 
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-
 
 def golden(name: str) -> Any:
     """Golden data by its name."""
@@ -59,13 +55,8 @@ def golden(name: str) -> Any:
     return np.load(file) if file.exists() else json.loads((GOLDEN / f"{name}.json").read_text())
 
 
-def coco_boxes(kit: Kit) -> DefaultBoxes:
-    return default_boxes((300, 300), LEVELS_300).to(kit.device)
-
-
-def few_boxes(kit: Kit) -> DefaultBoxes:
-    """636 default boxes, more than non-maximum suppression looks at in a class."""
-    return default_boxes((300, 300), ((10, 10), (5, 5), (3, 3), (2, 2), (1, 1), (1, 1))).to(kit.device)
+def boxes_on(kit: Kit, levels: tuple) -> DefaultBoxes:
+    return default_boxes((300, 300), levels).to(kit.device)
 
 
 def apart(got: Tensor, want: Tensor) -> float:
@@ -124,9 +115,7 @@ def mismatched(kit: Kit, boxes: Tensor, labels: Tensor, defaults: DefaultBoxes) 
 
 
 def matching_golden(kit: Kit) -> Found:
-    if not GOLDEN:
-        return
-    data, defaults, anchors, offsets = golden("matching"), coco_boxes(kit), 0, 0.0
+    data, defaults, anchors, offsets = golden("matching"), boxes_on(kit, COCO), 0, 0.0
     order = defaults.mlperf_order
     for case in range(10):
         boxes, labels = (kit.on(data[f"{case}_{name}"][None]) for name in ("boxes_ltrb", "labels"))
@@ -142,7 +131,7 @@ def matching_golden(kit: Kit) -> Found:
 
 
 def matching_random(kit: Kit) -> Found:
-    rng, defaults = kit.rng(), coco_boxes(kit)
+    rng, defaults = kit.rng(), boxes_on(kit, COCO)
     cases = {"random: up to 7 boxes": (8, 7), "500 boxes": (2, 500), "batch of 1": (1, 3), "an image without boxes": (1, 1)}
     for name, (images, count) in cases.items():
         boxes, labels = map(kit.on, random_truth(rng, images, count))
@@ -177,9 +166,7 @@ def from_mlperf(array: np.ndarray, order: Tensor) -> np.ndarray:
 
 
 def loss_golden(kit: Kit) -> Found:
-    if not GOLDEN:
-        return
-    data, defaults = golden("loss"), coco_boxes(kit)
+    data, defaults = golden("loss"), boxes_on(kit, COCO)
     offsets, logits = (kit.on(from_mlperf(data[key], defaults.mlperf_order)) for key in ("loc", "logits"))
     single = [kit.reference.matcher(kit.on(data[f"{i}_boxes_ltrb"][None]), kit.on(data[f"{i}_labels"][None]), defaults) for i in range(len(offsets))]
     targets = Targets(*(torch.cat(column) for column in zip(*single, strict=True)))
@@ -250,9 +237,7 @@ def difference(got: Detections, want: Detections) -> float:
 
 
 def decoding_golden(kit: Kit) -> Found:
-    if not GOLDEN:
-        return
-    defaults, data = coco_boxes(kit), golden("decode")
+    defaults, data = boxes_on(kit, COCO), golden("decode")
     predictions = Predictions(*(kit.on(from_mlperf(data[key], defaults.mlperf_order)) for key in ("loc", "logits")))
     found = kit.backend.decoder(predictions, defaults, score_threshold=0.05, iou_threshold=0.5, max_detections=200)
     want = [Detections(*(kit.on(data[f"{i}_{name}"]) for name in ("boxes_ltrb", "labels", "scores"))) for i in range(4)]
@@ -266,7 +251,7 @@ def predictions_of(rng: np.random.Generator, kit: Kit, defaults: DefaultBoxes, d
 
 def decoding_random(kit: Kit) -> Found:
     """Images whose detections hang on rounding, by the reference's own word, are not compared."""
-    rng, defaults, decode, plain = kit.rng(), few_boxes(kit), kit.backend.decoder, kit.reference.decoder
+    rng, defaults, decode, plain = kit.rng(), boxes_on(kit, FEW), kit.backend.decoder, kit.reference.decoder
     for name in kit.backend.dtypes:
         for score, overlap, limit in ((0.05, 0.5, 200), (0.3, 0.45, 5), (0.01, 1.1, 1000)):
             predictions = predictions_of(rng, kit, defaults, getattr(torch, name))
@@ -291,7 +276,7 @@ def decoding_random(kit: Kit) -> Found:
 
 def timed_matcher(kit: Kit, backend: Backend) -> Callable:
     boxes, labels = map(kit.on, random_truth(kit.rng(), 8, 7))
-    defaults = coco_boxes(kit)
+    defaults = boxes_on(kit, COCO)
     return lambda: backend.matcher(boxes, labels, defaults)
 
 
@@ -301,7 +286,7 @@ def timed_loss(kit: Kit, backend: Backend) -> Callable:
 
 
 def timed_decoder(kit: Kit, backend: Backend) -> Callable:
-    defaults = few_boxes(kit)
+    defaults = boxes_on(kit, FEW)
     predictions = predictions_of(kit.rng(), kit, defaults, torch.float32)
     return lambda: backend.decoder(predictions, defaults)
 
