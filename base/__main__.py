@@ -10,6 +10,7 @@ TOOLS = {
     "config": ("base.tools.config", "print a resolved configuration and where each value comes from"),
     "evaluate": ("base.tools.evaluate", "the 12 COCO figures of a checkpoint"),
     "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
+    "verify": ("base.tools.verify", "hold every component of a backend to the reference"),
     "demo-data": ("base.tools.demo_data", "draw the embedded demo data set"),
     "index": ("base.tools.index", "pack a data set's annotations and report what was dropped or mended"),
 }

@@ -32,6 +32,7 @@ CONTRACTS = {
     "evaluator": contracts.MakeEvaluator,
 }
 SLOTS = tuple(CONTRACTS)
+DTYPES = ("float32", "bfloat16", "float16")
 ALIASES = {"loader": ("train_loader", "eval_loader")}
 
 
@@ -43,6 +44,7 @@ class Backend:
     ``distributed`` is a torch.distributed backend, or ``auto``: the one that torch has for the device.
     ``cards`` is what the devices' names begin with, as a regular expression: for device types that several vendors' torch builds share.
     ``telemetry`` reads a device's power and memory. Both are also those of the backend that it extends, if that has the same device type.
+    ``dtypes`` are those of predictions that its loss and decoder take; `verify` checks each.
     The folder's ``requirements.txt`` and ``build.py``, if there, are what ``prepare.py`` installs and builds.
     """
 
@@ -52,6 +54,7 @@ class Backend:
     extends: str | None = "reference"
     cards: str | None = None
     telemetry: MakeSensor | None = None
+    dtypes: tuple[str, ...] = ("float32",)
     train_loader: Callable[..., contracts.Loader] | None = None
     eval_loader: Callable[..., contracts.Loader] | None = None
     model: Callable | None = None
@@ -101,6 +104,8 @@ def _record(name: str, children: tuple[str, ...]) -> Backend:
     kinds = {"device": str, "distributed": str, "extends": str | None, "cards": str | None}
     if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(own, key), kind)]:
         raise UserError(f"{folder}/backend.py: {wrong[0]}={getattr(own, wrong[0])!r} must be a name")
+    if not isinstance(own.dtypes, tuple) or not own.dtypes or not set(own.dtypes) <= set(DTYPES):
+        raise UserError(f"{folder}/backend.py: dtypes={own.dtypes!r} must be a tuple of some of {', '.join(DTYPES)}")
     mine = {slot: getattr(own, slot) for slot in SLOTS if getattr(own, slot) is not None}
     for slot, component in mine.items():
         _check_signature(folder, slot, component)

@@ -44,8 +44,8 @@ def detect(
                 break
             predictions = step.predict(batch.images)
             found += backend.decoder(predictions, default_boxes, config.score_threshold, config.iou_threshold, config.max_detections)
-            ids.append(batch.image_ids)
-            sizes.append(batch.sizes)
+            ids.append(batch.image_ids.cpu())
+            sizes.append(batch.sizes.cpu())
     except UserError as error:
         failure = str(error)
     everyone = ranks.gathered((failure, stopped(), flat(ids, sizes, found), loader.bad_images))

@@ -16,6 +16,7 @@ BACKEND = Backend(
     device="cpu",
     distributed="gloo",
     telemetry=HostSensor,
+    dtypes=("float32", "bfloat16"),
     train_loader=train_loader,
     eval_loader=eval_loader,
     model=NativeSSD,

@@ -5,6 +5,7 @@ built here; ``--sanitize`` builds with AddressSanitizer and UndefinedBehaviorSan
 """
 
 import hashlib
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -84,6 +85,9 @@ def main(arguments: list[str]) -> int:
         return 2
     if arguments == ["--check"]:
         return 1
+    if importlib.util.find_spec("pybind11") is None:
+        print(f"{sys.executable} lacks the package pybind11, which building needs: python3 prepare.py installs it", file=sys.stderr)
+        return 2
     folder.mkdir(exist_ok=True)
     with ThreadPoolExecutor() as pool:
         problems = [problem for problem in pool.map(lambda name: compile_one(name, folder, flags), sources()) if problem]

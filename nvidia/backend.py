@@ -18,6 +18,7 @@ BACKEND = Backend(
     distributed="nccl",
     cards=r"NVIDIA|Tesla|GeForce|Quadro|TITAN|GRID|[ABHLPTV]\d+\b",  # before driver 450 without the first
     telemetry=open_sensor,
+    dtypes=("float32", "bfloat16", "float16"),
     train_loader=train_loader,
     eval_loader=eval_loader,
     model=FusedSSD,

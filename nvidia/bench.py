@@ -6,8 +6,9 @@ copy, measured in the same run. What cannot be measured reads "not measured", an
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ from statistics import median
 
 import torch
 import triton
+from base.backends.nvidia.dali import version
 from base.backends.nvidia.decoder import decode
 from base.backends.nvidia.loss import multibox_loss
 from base.backends.nvidia.matcher import match
@@ -26,6 +28,8 @@ from base.backends.nvidia.prologue import prologue
 from base.backends.nvidia.step import GraphedStep, build_optimizer, precision
 from base.backends.reference import decoder, loss, matcher, optimizer, step
 from base.backends.reference.model import SSD
+from torch.nn import functional
+from triton.errors import TritonError
 
 from base.contracts import Batch, Predictions
 from base.errors import UserError
@@ -33,13 +37,23 @@ from base.tools.bench import machine
 from base.tools.bench_parts import CLASSES, SIZE, STRIDES, truth
 from base.tools.photographs import make
 
-ROUNDS = 7
+ROUNDS, BEFORE = 7, 5  # measured calls, and those before: they compile, choose algorithms, capture
+TRIED = 2, 1  # the same on a CPU, where it is only to be seen that it works
 ASKED = {"step": 4500, "over eager": 1.5, "over reference": 5, "end to end": 0.85, "floor": 0.7}  # on one H200
+LOADERS = {"native": "base.backends.cpu.loader", "dali": "base.backends.nvidia.dali", "reference": "base.backends.reference.loader"}
 DECODER = "decoder (eager: one image, times the batch)"  # the reference takes too long for a whole one
-Times = dict[str, list[float]]
+FAILURES = (ImportError, OSError, RuntimeError, ValueError, subprocess.SubprocessError, TritonError, UserError)  # of a case, not of the bench
+THIS = "this backend"
+Case = Callable[[], object] | str  # what is measured, or why it cannot be
+Times = dict[str, list[float] | str]  # seconds of each round, or why there are none
 
 
-def seconds(cases: dict[str, Callable[[], object]], device: torch.device, least: float = 0.02) -> Times:
+def reason(error: Exception) -> str:
+    """An error in a line of a table."""
+    return " ".join(str(error).replace("|", "/").split())[:200] or type(error).__name__
+
+
+def seconds(cases: dict[str, Case], device: torch.device, least: float = 0.02) -> Times:
     """Seconds a call of each case, ROUNDS of them, interleaved; each is repeated for ``least`` seconds."""
 
     def once(case: Callable[[], object], repeats: int) -> float:
@@ -56,21 +70,40 @@ def seconds(cases: dict[str, Callable[[], object]], device: torch.device, least:
         last.synchronize()
         return first.elapsed_time(last) / 1e3 / repeats
 
+    rounds, before = (ROUNDS, BEFORE) if device.type == "cuda" else TRIED
+    found: Times = {name: case if isinstance(case, str) else [] for name, case in cases.items()}
     repeats = {}
     for name, case in cases.items():
-        for _ in range(5):  # compiles, chooses algorithms, captures
-            case()
-        repeats[name] = max(1, min(1000, round(least / max(once(case, 1), 1e-6))))
-    found: Times = {name: [] for name in cases}
-    for _ in range(ROUNDS):
-        for name, case in cases.items():
-            found[name].append(once(case, repeats[name]))
+        if isinstance(case, str):
+            continue
+        try:
+            for _ in range(before):
+                case()
+            repeats[name] = max(1, min(1000, round(least / max(once(case, 1), 1e-6))))
+        except FAILURES as error:
+            found[name] = reason(error)
+    for _ in range(rounds):
+        for name, count in list(repeats.items()):
+            try:
+                found[name].append(once(cases[name], count))
+            except FAILURES as error:
+                found[name] = reason(error)
+                del repeats[name]
     return found
 
 
-def shown(times: list[float], scale: float = 1e3) -> str:
-    """Median and spread, by default in milliseconds."""
+def shown(times: list[float] | str, scale: float = 1e3) -> str:
+    """Median and spread, by default in milliseconds; or why there are none."""
+    if isinstance(times, str):
+        return f"not measured ({times})"
     return f"{median(times) * scale:.3g} ({min(times) * scale:.3g} … {max(times) * scale:.3g})"
+
+
+def ratio(above: list[float] | float | str, below: list[float] | str) -> str:
+    """Of medians, where both are measured."""
+    if isinstance(above, str) or isinstance(below, str):
+        return ""
+    return f"{(median(above) if isinstance(above, list) else above) / median(below):.3g}"
 
 
 def bandwidth(device: torch.device, size: int) -> float:
@@ -91,11 +124,12 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
     wide, count = torch.empty((), dtype=dtype).element_size(), len(boxes)
     pictures = torch.randint(0, 256, (images, *SIZE, 3), dtype=torch.uint8, device=device)
     given = tuple(t.to(device) for t in truth(images, 7))
-    targets = match(*given, boxes)
+    targets = matcher.match(*given, boxes)  # the kernels are only asked where they are timed
     offsets, logits = (torch.randn(images, count, n, device=device, dtype=dtype).requires_grad_() for n in (4, CLASSES))
     predictions = Predictions(offsets, logits)
     spiky = Predictions(offsets.detach(), logits.detach() * 2)
     single = Predictions(*(t[:1] for t in spiky))
+    threshold = 0.05 if device.type == "cuda" else 0.9  # a CPU would take minutes
     norm = torch.nn.BatchNorm2d(256).to(device)
     x, shortcut, slope = (
         torch.randn(images, 256, 38, 38, device=device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_() for _ in range(3)
@@ -107,6 +141,13 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
     def backward(result, inputs, slope=None):
         torch.autograd.grad(result, inputs, slope)
 
+    weight = torch.randn(64, 3, 7, 7, device=device).requires_grad_()
+
+    def first(channels: int):
+        padded = functional.pad(weight, (0, 0, 0, 0, 0, channels - 3)).to(dtype, memory_format=torch.channels_last)
+        y = functional.conv2d(prologue(pictures, dtype, channels), padded, stride=2, padding=3)
+        torch.autograd.grad(y, weight, y.detach())  # an image needs no gradient
+
     cases = {  # name: (this backend, eager, bytes)
         "prologue": (lambda: prologue(pictures, dtype), lambda: step.normalise(pictures).to(dtype), pictures.numel() * (1 + wide)),
         "matcher": (lambda: match(*given, boxes), lambda: matcher.match(*given, boxes), images * count * 24),
@@ -115,7 +156,12 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
             lambda: backward(loss.multibox_loss(predictions, targets), list(predictions)),
             2 * images * count * (CLASSES + 4) * wide,
         ),
-        DECODER: (lambda: decode(spiky, boxes), lambda: decoder.decode(single, boxes), images * count * CLASSES * wide),
+        "prologue and first convolution, forward and backward (this: 4 channels, one of zeros; eager: 3)": (
+            lambda: first(4),
+            lambda: first(3),
+            pictures.numel() * (1 + 3 * wide) + 2 * images * 64 * (SIZE[0] // 2) * (SIZE[1] // 2) * wide,
+        ),
+        DECODER: (lambda: decode(spiky, boxes, threshold), lambda: decoder.decode(single, boxes, threshold), images * count * CLASSES * wide),
         "norm + add + ReLU, forward and backward": (
             lambda: backward(norm_relu(norm, x, shortcut, True), [x, shortcut, norm.weight, norm.bias], slope),
             lambda: backward(plain_norm(), [x, shortcut, norm.weight, norm.bias], slope),
@@ -126,11 +172,11 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
     raw = {}
     for name, (ours, eager, size) in cases.items():
         times = raw[name] = seconds({"this": ours, "eager": eager}, device)
-        if name == DECODER:
+        if name == DECODER and not isinstance(times["eager"], str):
             times["eager"] = [t * images for t in times["eager"]]
-        middle = median(times["this"])
-        ratio, floor = median(times["eager"]) / middle, size / rate
-        rows.append(f"| {name} | {shown(times['this'])} | {shown(times['eager'])} | {ratio:.3g} | {floor * 1e3:.3g} | {floor / middle:.2f} |")
+        floor = size / rate
+        columns = shown(times["this"]), shown(times["eager"]), ratio(times["eager"], times["this"]), f"{floor * 1e3:.3g}", ratio(floor, times["this"])
+        rows.append(f"| {name} | {' | '.join(columns)} |")
     return rows, raw
 
 
@@ -143,26 +189,45 @@ class EagerStep(step.TrainStep):
         return precision(device)
 
 
-def steps(device: torch.device, size: int, images: int, backbone: str) -> dict[str, Callable[[Batch], object]]:
-    """name → a training step on a batch."""
-    built: dict[str, Callable[[Batch], object]] = {}
+class StepWithoutGraph(GraphedStep):
+    """This backend's step as it is before the capture."""
+
+    def __call__(self, batch: Batch, learning_rate: float) -> torch.Tensor:
+        self.steps = 0
+        return super().__call__(batch, learning_rate)
+
+
+def compiled(**options) -> torch.nn.Module:
+    """This backend's model through torch.compile; without a GPU only traced, for what is made of it there says nothing."""
+    return torch.compile(FusedSSD(**options), backend="inductor" if torch.cuda.is_available() else "aot_eager")
+
+
+def steps(device: torch.device, size: int, images: int, backbone: str) -> dict[str, Callable[[Batch], object] | str]:
+    """name → a training step on a batch, or why there is none."""
+    built: dict[str, Callable[[Batch], object] | str] = {}
     makers = {
         "reference": (SSD, optimizer.build_optimizer, step.TrainStep, matcher.match, loss.multibox_loss),
         "eager AMP, channels-last": (SSD, optimizer.build_optimizer, EagerStep, match, multibox_loss),
-        "this backend": (FusedSSD, build_optimizer, GraphedStep, match, multibox_loss),
+        THIS: (FusedSSD, build_optimizer, GraphedStep, match, multibox_loss),
+        f"{THIS} without graph": (FusedSSD, build_optimizer, StepWithoutGraph, match, multibox_loss),
+        f"{THIS}, compiled model": (compiled, build_optimizer, GraphedStep, match, multibox_loss),
     }
     for name, (model, optimise, kind, matches, losses) in makers.items():
         torch.manual_seed(0)
-        net = model(num_classes=CLASSES, image_size=(size, size), strides=STRIDES, backbone=backbone).to(device)
-        sgd = optimise(net.parameters(), momentum=0.9, weight_decay=5e-4)
-        train = kind(model=net, optimizer=sgd, matcher=matches, loss=losses, device=device)
-        built[name] = lambda batch, train=train: train(batch, 1e-3)
+        try:
+            net = model(num_classes=CLASSES, image_size=(size, size), strides=STRIDES, backbone=backbone).to(device)
+            sgd = optimise(net.parameters(), momentum=0.9, weight_decay=5e-4)
+            train = kind(model=net, optimizer=sgd, matcher=matches, loss=losses, device=device)
+        except FAILURES as error:
+            built[name] = reason(error)
+        else:
+            built[name] = lambda batch, train=train: train(batch, 1e-3)
     return built
 
 
 def from_files(train: Callable[[Batch], object], folder: Path, name: str, images: int, size: int, workers: int, device: torch.device) -> list[float]:
     """Images a second of training from JPEG files, epoch by epoch; the first is not counted."""
-    loaders = importlib.import_module({"dali": "base.backends.nvidia.dali", "native": "base.backends.cpu.loader"}[name])
+    loaders = importlib.import_module(LOADERS[name])
     given = {"annotation_file": folder / "annotations.json", "image_dir": folder / "images", "image_size": (size, size), "seed": 1}
     loader = loaders.train_loader(**given, batch_size=images, workers=workers)
     rates = []
@@ -174,6 +239,13 @@ def from_files(train: Callable[[Batch], object], folder: Path, name: str, images
         result.item()
         rates.append(len(loader) * images / (time.perf_counter() - began))
     return rates[1:]
+
+
+def save(file: Path | None, lines: list[str], raw: dict) -> None:
+    """The tables, and beside them the raw times."""
+    if file:
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        file.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
@@ -193,41 +265,44 @@ def main(arguments: list[str]) -> int:
     else:
         card, images, size, backbone, workers = torch.cuda.get_device_name(device), options.batch, 300, "resnet34", options.workers
     about = {**machine(), "gpu": card, "torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    about["dali"] = "installed" if importlib.util.find_spec("nvidia.dali") else "not installed"
+    about["dali"] = version() or "not installed"
     rate, flops = bandwidth(device, 1 << (24 if small else 30)), operations(device, 256 if small else 8192, precision(device))
     lines = [f"# {card}", "", *(f"- {name}: {value}" for name, value in about.items())]
     lines += [f"- copy: {rate / 1e9:,.0f} GB/s", f"- matrix product, {precision(device)}: {flops / 1e12:,.1f} TFLOP/s", ""]
     rows, raw = kernels(device, images, rate)
     lines += [*rows, ""]
     print("\n".join(lines), flush=True)
+    save(options.out, lines, {"about": about, "seconds": raw})  # whatever becomes of the rest
 
     labels = truth(images, 7)
     batch = Batch(torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8), *labels, torch.arange(images), torch.full((images, 2), size))
     trains = steps(device, size, images, backbone)
     on_device = Batch(*(t.to(device) for t in batch))
-    times = seconds({name: lambda train=train: train(on_device) for name, train in trains.items()}, device, least=0.5)
-    mine = median(times["this backend"])
+    cases = {name: train if isinstance(train, str) else lambda train=train: train(on_device) for name, train in trains.items()}
+    times = raw["step"] = seconds(cases, device, least=0.5)
     table = [f"| training step, batch {images}, {backbone} | images/s | this / it |", "| --- | --- | --- |"]
     for name, each in times.items():
-        table.append(f"| {name} | {shown([images / t for t in each], 1)} | {median(each) / mine:.3g} |")
-    raw["step"] = times
+        table.append(f"| {name} | {shown(each if isinstance(each, str) else [images / t for t in each], 1)} | {ratio(each, times[THIS])} |")
     with tempfile.TemporaryDirectory(prefix="ssd-bench-") as place:
         folder = Path(place)
         make(folder, 4 if small else 128, times=1 if small else max(1, 20 * images // 128))
-        for name in ("native", "dali"):
+        for name in LOADERS:
+            if name == "reference" and any("files" in case for case in raw):
+                continue  # it stands in where no other works
+            row = f"from JPEG files, {name} loader, {workers} threads"
             try:
-                rates = from_files(trains["this backend"], folder, name, images, size, workers, device)
-            except (ImportError, UserError, RuntimeError) as error:
-                table.append(f"| from JPEG files, {name} loader | not measured ({' '.join(str(error).split())[:200]}) | |")
+                if isinstance(times[THIS], str):
+                    raise UserError(f"{THIS} was not measured")
+                rates = from_files(trains[THIS], folder, name, images, size, workers, device)
+            except FAILURES as error:
+                table.append(f"| {row} | not measured ({reason(error)}) | |")
                 continue
             raw[f"from files, {name}"] = {"images/s": rates}
-            table.append(f"| from JPEG files, {name} loader, {workers} threads | {shown(rates, 1)} | {images / mine / median(rates):.3g} |")
+            table.append(f"| {row} | {shown(rates, 1)} | {ratio(images / median(times[THIS]), rates)} |")
     print("\n".join(table), flush=True)
     asked = ", ".join(f"{name} {value}" for name, value in ASKED.items())
     lines += [*table, "", f"Asked of one H200: {asked}."]
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        options.out.with_suffix(".json").write_text(json.dumps({"about": about, "seconds": raw}, indent=1) + "\n", encoding="utf-8")
+    save(options.out, lines, {"about": about, "seconds": raw})
     return 0
 
 

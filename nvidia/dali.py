@@ -14,6 +14,7 @@ DALI's cache is left out: it keeps whole pictures, and here only the part that a
 """
 
 import gc
+import importlib.metadata
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -32,6 +33,11 @@ from .jitter import jitter
 AHEAD = 2  # batches that DALI works on beside the one that the receiver has
 
 
+def version() -> str | None:
+    """That of the DALI installed here, for whichever CUDA; None without one. Imports nothing."""
+    return next((d.version for d in importlib.metadata.distributions() if d.name.lower().replace("_", "-").startswith("nvidia-dali")), None)
+
+
 def start_worker(worker: int) -> None:
     """As the reference's. A pipeline that awaits collection must not be ended here, where its threads do not exist."""
     gc.freeze()
@@ -43,7 +49,8 @@ def pipeline(size: tuple[int, int], batch_size: int, threads: int, device: torch
     try:
         from nvidia.dali import Pipeline, fn, types
     except ImportError as error:
-        raise UserError(f"the DALI loader needs the package nvidia-dali ({error}); install it: python3 prepare.py --name nvidia") from error
+        why = error if version() else "which is not installed"  # this project's own folder may answer to the wheel's name
+        raise UserError(f"the DALI loader needs the package nvidia-dali ({why}): python3 prepare.py --name nvidia") from error
     # The first run of a pipeline takes as many batches at once as its queue is deep, which an epoch may not have. One that
     # is 1 deep can have more runs scheduled all the same.
     graph = Pipeline(batch_size, threads, device.index, prefetch_queue_depth=1)

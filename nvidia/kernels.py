@@ -1,11 +1,13 @@
 """What the Triton kernels share."""
 
+import torch
 import triton
 from torch import Tensor
 
 LIBRARY = "ssd_nvidia"  # namespace of the custom operators: torch.ops.ssd_nvidia.…
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU: $TRITON_INTERPRET=1 when this process started."""
     return bool(triton.knobs.runtime.interpret)

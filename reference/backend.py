@@ -14,6 +14,7 @@ from .step import TrainStep
 BACKEND = Backend(
     name="reference",
     extends=None,
+    dtypes=("float32", "bfloat16", "float16"),
     train_loader=train_loader,
     eval_loader=eval_loader,
     model=SSD,

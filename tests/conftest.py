@@ -18,6 +18,8 @@ settings.register_profile("ssd", deadline=None, print_blob=True)  # a busy machi
 settings.load_profile("ssd")
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE = torch.device(os.environ.get("SSD_TEST_DEVICE", "cpu"))  # where components are tested
+torch.backends.cudnn.allow_tf32 = False  # float32 is held to float32's figures, wherever it is computed
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -28,7 +30,7 @@ def runs_here(name: str) -> bool:
     """
     if chosen := os.environ.get("SSD_TEST_BACKENDS"):
         return name in chosen.split()
-    return load_backend(name).device in ("auto", "cpu", os.environ.get("SSD_TEST_DEVICE", "cpu"))
+    return load_backend(name).device in ("auto", DEVICE.type)
 
 
 @pytest.fixture(scope="session", params=[name for name in list_backends() if runs_here(name)])
@@ -41,7 +43,7 @@ def backend(request):
 def model_300(backend):
     """The COCO model at 300×300."""
     torch.manual_seed(0)
-    return backend.model(num_classes=81, image_size=(300, 300), strides=(1, 1, 2, 2, 2, 1), backbone="resnet34").eval()
+    return backend.model(num_classes=81, image_size=(300, 300), strides=(1, 1, 2, 2, 2, 1), backbone="resnet34").to(DEVICE).eval()
 
 
 @pytest.fixture(scope="session")
@@ -80,10 +82,13 @@ class Started:
 
 
 def start_training(folder: Path, data_dir: Path, flags: list[str], run: str = "run", env: dict | None = None) -> Started:
-    """Starts a run on small data, in ``folder/run``; with --resume exactly the flags given."""
+    """Starts a run on small data, in ``folder/run``; with --resume exactly the flags given.
+
+    On the CPU, unless flags say otherwise: runs are compared to the bit.
+    """
     if "--resume" not in flags:
-        standard = ["--name", "reference", "--config", "demo", "--data_dir", str(data_dir), *SMALL, "--runs_dir", str(folder), "--run_name", run]
-        flags = [*standard, *flags]
+        standard = ["--name", "reference", "--config", "demo", "--data_dir", str(data_dir), *SMALL, "--device", "cpu"]
+        flags = [*standard, "--runs_dir", str(folder), "--run_name", run, *flags]
     return Started(folder, list(flags), env)
 
 

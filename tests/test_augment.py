@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from base.backends.reference.augment import augment, clip_to_crop, colour_jitter, crop_iou, random_crop, resize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,7 +92,7 @@ def draws(backend, data: dict, count: int, size=(12, 16), **changes):
         loader.set_epoch(epoch)
         for batch in loader:
             for image, boxes, labels in zip(batch.images, batch.boxes, batch.labels, strict=True):
-                yield image.numpy(), boxes[labels > 0].numpy().astype(float)
+                yield image.cpu().numpy(), boxes[labels > 0].cpu().numpy().astype(float)
 
 
 @pytest.mark.parametrize(("arrangement", "tries"), [*((name, 1) for name in ARRANGEMENTS), ("a large box", 50)])
@@ -315,5 +314,5 @@ def test_labels_belong_to_their_boxes(backend, tmp_path):
                 assert labels[order].tolist() == [1, 2] and size[0] < size[1]
                 both += 1
             else:
-                assert torch.isin(labels[real], torch.tensor([1, 2])).all() and real.sum() == 1
+                assert labels[real].tolist() in ([1], [2])
     assert both > 10

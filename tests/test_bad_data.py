@@ -55,8 +55,8 @@ def loaded(backend, data: dict) -> torch.Tensor:
     content = json.loads(Path(data["annotation_file"]).read_text())["images"][0]
     (batch,) = evaluating(backend, data, image_size=(content["height"], content["width"]))
     assert batch.sizes.tolist() == [[content["height"], content["width"]]]
-    np.testing.assert_allclose(batch.boxes[0, 0] * torch.tensor([content["width"], content["height"]] * 2), [8, 4, 24, 12], rtol=1e-5)
-    return batch.images[0].int()
+    np.testing.assert_allclose(batch.boxes[0, 0].cpu() * torch.tensor([content["width"], content["height"]] * 2), [8, 4, 24, 12], rtol=1e-5)
+    return batch.images[0].cpu().int()
 
 
 def assert_like(image: torch.Tensor, want: Image.Image, tolerance: float = 5) -> None:
@@ -252,7 +252,7 @@ def test_boxes_that_arrive_in_a_batch(backend, tmp_path):
     data = {"annotation_file": tmp_path / "a.json", "image_dir": tmp_path}
     (batch,) = evaluating(backend, data)
     want = [ltrb for _, _, ltrb in BOXES.values() if ltrb] + [[0.5, 0.5, 0.75, 0.75]]
-    np.testing.assert_allclose(batch.boxes[0].numpy(), want, atol=1e-6)
+    np.testing.assert_allclose(batch.boxes[0].cpu().numpy(), want, atol=1e-6)
     assert batch.labels.tolist() == [[1, 2, 1, 1, 1]]
     (batch,) = training(backend, data, batch_size=1)
     check_batch(batch, 1)

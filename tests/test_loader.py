@@ -86,7 +86,7 @@ def samples(batches: list[Batch]) -> dict[int, tuple]:
     for batch in batches:
         for image, boxes, labels, key, size in zip(*batch, strict=True):
             real = labels > 0
-            found[int(key)] = (image.numpy().tobytes(), boxes[real].tolist(), labels[real].tolist(), size.tolist())
+            found[int(key)] = (image.cpu().numpy().tobytes(), boxes[real].tolist(), labels[real].tolist(), size.tolist())
     return found
 
 
@@ -134,7 +134,7 @@ def test_recorded_sizes_boxes_and_labels_arrive(backend, tmp_path):
     assert batch.sizes.tolist() == [[90, 30], [40, 80]]  # height, width
     assert batch.labels.tolist() == [[1, 0], [2, 1]]  # in the order of category ids
     want = [[[0, 0, 1, 1], [0, 0, 0, 0]], [[0.1, 0.1, 0.3, 0.3], [0.5, 0.5, 1, 1]]]
-    np.testing.assert_allclose(batch.boxes.numpy(), want, atol=1e-6)
+    np.testing.assert_allclose(batch.boxes.cpu().numpy(), want, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
@@ -142,7 +142,7 @@ def test_channels_are_red_green_blue(backend, tmp_path, kind):
     colours = {1: (255, 0, 0), 2: (0, 255, 0), 3: (0, 0, 255)}
     pictures = {key: Image.new("RGB", (50, 40), colour) for key, colour in colours.items()}
     (batch,) = evaluating(backend, write_coco(tmp_path, pictures, {}, kind))
-    for image, colour in zip(batch.images.int(), colours.values(), strict=True):
+    for image, colour in zip(batch.images.cpu().int(), colours.values(), strict=True):
         assert (image - torch.tensor(colour)).abs().max() <= 2
     assert batch.labels.shape[1] >= 1 and not batch.labels.any()  # images without boxes belong to evaluation
 
@@ -161,7 +161,7 @@ def test_evaluation_images_are_pils_bilinear_resize(backend, tmp_path, kind):
     for image, key in zip(batch.images, pictures, strict=True):
         with Image.open(tmp_path / f"{key}.{kind}") as stored:
             want = np.asarray(stored.convert("RGB").resize(SIZE[::-1], Image.Resampling.BILINEAR), dtype=int)
-        wrong = np.abs(image.numpy().astype(int) - want)
+        wrong = np.abs(image.cpu().numpy().astype(int) - want)
         assert wrong.mean() <= 1 and np.quantile(wrong, 0.999) <= 3, key
 
 

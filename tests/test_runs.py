@@ -23,7 +23,8 @@ TWO = ["--nproc", "2", "--device", "cpu", "--batch_size", "4"]
 
 def figures_of(run, *flags: str) -> dict[str, str]:
     """The 12 figures that `python -m base evaluate` prints for a run's best checkpoint."""
-    command = [sys.executable, "-m", "base", "evaluate", "--name", "reference", "--checkpoint", str(run / "checkpoints" / "best.pt"), *flags]
+    best = str(run / "checkpoints" / "best.pt")
+    command = [sys.executable, "-m", "base", "evaluate", "--name", "reference", "--device", "cpu", "--checkpoint", best, *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return dict(line.split() for line in done.stdout.splitlines())

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,14 +51,15 @@ def machine() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     root = Path(__file__).resolve().parents[2]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True)
+    ask = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(ask, cwd=root, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {
         "cpu": models[0] if models else platform.processor() or platform.machine(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB",
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "commit": commit.stdout.strip() or "none",
+        "commit": commit or "none",
     }
 
 

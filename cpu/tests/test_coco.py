@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from base.backend import load_backend
 from base.contracts import FIGURES, Detections
+from base.tools.verify_loaders import golden_detections
 from tests.conftest import GOLDEN
-from tests.test_golden import coco_detections
 
 pytest.importorskip("base.backends.cpu._coco", reason="the native parts are not built: python3 prepare.py --name cpu", exc_type=ImportError)
 from base.backends.cpu import _coco
@@ -122,7 +122,7 @@ def test_figures_equal_pycocotools(seed, images, categories, boxes, found, crowd
 
 
 def test_golden_data_and_bits(golden):
-    ids, sizes, found = coco_detections(golden)
+    ids, sizes, found = golden_detections()
     got = figures(CocoEvaluator, GOLDEN / "coco_gt.json", ids, sizes, found)
     for name, want in golden("coco_stats").items():
         assert got[name] == pytest.approx(want, abs=1e-9), name

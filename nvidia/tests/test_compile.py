@@ -2,44 +2,79 @@
 
 import pytest
 import triton
-from base.backends.nvidia import jitter, loss, matcher, prologue
+from base.backends.nvidia import decoder, jitter, loss, matcher, norm, prologue
 from base.backends.nvidia.kernels import interpreted
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="Triton's interpreter is on, and nothing is compiled")
 
+CLASSES, COUNT = 81, 8732
 MATCHING = {"boxes": "*fp32", "labels": "*i64", "defaults": "*fp32", "rank": "*i64", "best": "*i64", "most": "i32", "count": "i32"}
 ASSIGNING = {**MATCHING, "xywh": "*fp32", "offsets": "*fp32", "classes": "*i64"}
+ENTROPIES = {"logits": "*bf16", "labels": "*i64", "entropies": "*fp32", "rows": "i32", "classes": "i32"}
 SELECTING = {"offsets": "*bf16", "wanted": "*fp32", "labels": "*i64", "entropies": "*fp32", "losses": "*fp32", "chosen": "*u8", "positives": "*i32"}
 GRADIENTS = {
     "slopes": "*fp32", "offsets": "*bf16", "logits": "*bf16", "wanted": "*fp32", "labels": "*i64", "chosen": "*u8", "positives": "*i32",
     "to_offsets": "*bf16", "to_logits": "*bf16", "rows": "i32", "count": "i32", "classes": "i32",
-}
+}  # fmt: skip
 JITTER = {"images": "*u8", "factors": "*fp32", "order": "*i32", "sums": "*i64", "pixels": "i32"}
-KERNELS = {  # kernel: (types of what it is given, constants)
-    matcher.find_best: (MATCHING, {"BLOCK": matcher.BLOCK}),
-    matcher.assign: (ASSIGNING, {"BLOCK": matcher.BLOCK}),
-    loss.cross_entropies: (
-        {"logits": "*bf16", "labels": "*i64", "entropies": "*fp32", "rows": "i32", "classes": "i32"},
-        {"ROWS": loss.ROWS, "WIDTH": 128},
-    ),
-    loss.select: ({**SELECTING, "count": "i32"}, {"BLOCK": loss.WHOLE, "TOGETHER": True}),
-    loss.gradients: (GRADIENTS, {"ROWS": loss.ROWS, "WIDTH": 128}),
-    jitter.add_grey: (JITTER, {"BLOCK": jitter.PIXELS}),
-    jitter.apply_changes: ({**JITTER, "out": "*u8"}, {"BLOCK": jitter.PIXELS}),
-    prologue.normalise_bytes: ({"images": "*u8", "out": "*bf16", "count": "i32"}, {"CHANNELS": 3, "BLOCK": prologue.BLOCK}),
-}
+PROLOGUE = {"images": "*u8", "flips": "*u8", "out": "*bf16", "count": "i32", "height": "i32", "width": "i32"}
+MIRRORING = {**PROLOGUE, "flips": "*i1"}
+CANDIDATES = {
+    "logits": "*bf16", "image_stride": "i32", "row_stride": "i32", "class_stride": "i32", "keys": "*i64", "counts": "*i32", "count": "i32",
+    "classes": "i32", "score_threshold": "fp32",
+}  # fmt: skip
+SUPPRESSING = {
+    "keys": "*i64", "counts": "*i32", "offsets": "*bf16", "image_stride": "i32", "row_stride": "i32", "value_stride": "i32", "xywh": "*fp32",
+    "kept_keys": "*i64", "kept_boxes": "*fp32", "count": "i32", "foreground": "i32", "most": "i32", "iou_threshold": "fp32",
+}  # fmt: skip
+LINE = {"mean": "*fp32", "variance": "*fp32", "weight": "*fp32", "bias": "*fp32", "epsilon": "fp32", "rows": "i32", "count": "i32"}
+MOMENTS = {"x": "*bf16", "partial": "*fp32", "rows": "i32", "count": "i32"}
+MEANS = {"mean": "*fp32", "variance": "*fp32", "running_mean": "*fp32", "running_var": "*fp32", "momentum": "fp32", "correction": "fp32"}
+APPLYING = {**LINE, "x": "*bf16", "shortcut": "*bf16", "y": "*bf16"}
+SLOPES = {**LINE, "slope": "*bf16", "x": "*bf16", "y": "*bf16", "partial": "*fp32", "passed": "*bf16"}
+TO_INPUT = {**LINE, "slope": "*bf16", "x": "*bf16", "sums": "*fp32", "to_x": "*bf16", "share": "fp32"}
+FINISHING = {"partial": "*fp32", "variance": "*fp32", "sums": "*fp32", "to_weight": "*fp32", "epsilon": "fp32", "count": "i32", "parts": "i32"}
+
+PLAIN, EXACT, SELECTED = {}, {"enable_fp_fusion": False}, {"num_warps": 32}
+SUMMED, MAPPED = ({"ROWS": numbers // norm.CHANNELS, "CHANNELS": norm.CHANNELS} for numbers in (norm.SUMMED, norm.MAPPED))
+FINISHED = dict(zip(("CHANNELS", "PARTS"), norm.FINISHED, strict=True))
+WIDTH = triton.next_power_of_2(CLASSES)
+ROWS = {"ROWS": loss.ROWS, "WIDTH": WIDTH}
+
+# (kernel, types of what it is given, constants, options of the launch); bfloat16 stands for the precision of the model
+KERNELS = [
+    (matcher.find_best, MATCHING, {"BLOCK": matcher.BLOCK}, EXACT),
+    (matcher.assign, ASSIGNING, {"BLOCK": matcher.BLOCK}, EXACT),
+    (loss.cross_entropies, ENTROPIES, ROWS, PLAIN),
+    (loss.select, {**SELECTING, "count": "i32"}, {"BLOCK": loss.WHOLE, "TOGETHER": True}, SELECTED),
+    (loss.select, {**SELECTING, "count": "i32"}, {"BLOCK": loss.WHOLE, "TOGETHER": False}, SELECTED),
+    (loss.gradients, GRADIENTS, ROWS, PLAIN),
+    (jitter.add_grey, JITTER, {"BLOCK": jitter.PIXELS}, EXACT),
+    (jitter.apply_changes, {**JITTER, "out": "*u8"}, {"BLOCK": jitter.PIXELS}, EXACT),
+    (prologue.normalise_bytes, PROLOGUE, {"CHANNELS": 3, "FLIP": False, "BLOCK": prologue.BLOCK}, PLAIN),
+    (prologue.normalise_bytes, MIRRORING, {"CHANNELS": 3, "FLIP": True, "BLOCK": prologue.BLOCK}, PLAIN),
+    (prologue.normalise_bytes, MIRRORING, {"CHANNELS": 4, "FLIP": True, "BLOCK": prologue.BLOCK}, PLAIN),
+    (decoder.candidates, CANDIDATES, {"ROWS": decoder.TILE // WIDTH, "WIDTH": WIDTH}, EXACT),
+    (decoder.keep_best, {"keys": "*i64", "counts": "*i32", "count": "i32"}, {"SEGMENT": decoder.SEGMENT}, {**EXACT, "num_warps": 8}),
+    (decoder.suppress, SUPPRESSING, {"BLOCK": triton.next_power_of_2(decoder.BEST_A_CLASS)}, {**EXACT, "num_warps": 1}),
+    (norm.add_moments, MOMENTS, SUMMED, norm.LAUNCH),
+    (norm.finish_moments, {**MOMENTS, **MEANS, "parts": "i32"}, {"UPDATE": True, **FINISHED}, PLAIN),
+    (norm.finish_moments, {**MOMENTS, **MEANS, "parts": "i32"}, {"UPDATE": False, **FINISHED}, PLAIN),
+    *((norm.apply, APPLYING, {**MAPPED, "ADD": add, "RELU": relu}, norm.LAUNCH) for add, relu in ((0, 0), (0, 1), (1, 1))),
+    *((norm.add_slopes, SLOPES, {**SUMMED, "MODE": mode.value}, norm.LAUNCH) for mode in (norm.ALL, norm.AGAIN, norm.OUTPUT)),
+    (norm.finish_slopes, FINISHING, FINISHED, PLAIN),
+    *((norm.to_input, TO_INPUT, {**MAPPED, "MODE": mode.value}, norm.LAUNCH) for mode in (norm.ALL, norm.AGAIN)),
+]
+DTYPES = {70: "fp16", 80: "bf16", 90: "bf16"}  # what the step takes there
 
 
-@pytest.mark.parametrize("capability", [70, 80, 90])
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
-def test_a_kernel_compiles(kernel, capability):
-    types, constants = KERNELS[kernel]
-    if capability < 80:  # no bfloat16 there
-        types = {name: kind.replace("bf16", "fp16") for name, kind in types.items()}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+@pytest.mark.parametrize("capability", DTYPES)
+@pytest.mark.parametrize("case", KERNELS, ids=lambda case: "-".join([case[0].__name__, *map(str, case[2].values())]))
+def test_a_kernel_compiles(case, capability):
+    kernel, types, constants, options = case
+    signature = {name: types[name].replace("bf16", DTYPES[capability]) if name in types else "constexpr" for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
-    options = {"num_warps": 32} if kernel is loss.select else {}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert built.asm["cubin"] and f"sm_{capability}" in built.asm["ptx"]

@@ -8,12 +8,19 @@ import sys
 
 import pytest
 import torch
+from base.backends.nvidia.dali import version
 from base.backends.nvidia.decoder import decode
 from base.backends.nvidia.kernels import interpreted
+from base.backends.nvidia.loss import multibox_loss
+from base.backends.nvidia.matcher import match
+from base.backends.nvidia.model import FusedSSD
 from base.backends.nvidia.norm import norm_relu
+from base.backends.nvidia.prologue import prologue
 from base.backends.nvidia.step import precision
 from base.backends.reference import decoder as reference
+from base.backends.reference.step import normalise
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from base.boxes import default_boxes
 from base.contracts import Predictions
@@ -42,9 +49,34 @@ def test_batch_norm(with_shortcut, training):
     assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in (y, want)))
 
 
+def test_mirroring():
+    images, flips = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8), torch.tensor([False, True])
+    want = torch.cat([normalise(images[:1]), normalise(images[1:]).flip(3)])
+    x = prologue(images, torch.float32, 4, flips)
+    assert torch.equal(x[:, :3], want) and not x[:, 3:].any() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_compiler_sees_model_matching_and_loss_as_one_graph():
+    """With tensors that only say that they are on a GPU: what it would trace there."""
+
+    def forward(images, boxes, labels):
+        return multibox_loss(model(prologue(images, torch.bfloat16)), match(boxes, labels, model.default_boxes))
+
+    model = FusedSSD(num_classes=81, image_size=(300, 300), strides=(1, 1, 2, 2, 2, 1), backbone="resnet18")
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.bfloat16()  # as autocast does, which needs a GPU
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to("cuda", memory_format=torch.channels_last)
+        images = torch.empty(2, 300, 300, 3, dtype=torch.uint8, device="cuda")
+        boxes, labels = torch.empty(2, 64, 4, device="cuda"), torch.empty(2, 64, dtype=torch.long, device="cuda")
+        found = torch._dynamo.explain(forward)(images, boxes, labels)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_one_line_says_what_is_missing_and_what_runs_here(train):
-    done = train("--name", "nvidia", "--max_steps", "1")
+    done = train("--name", "nvidia", "--device", "auto", "--max_steps", "1")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "error: backend nvidia needs a cuda device and this machine has none; --name cpu runs here, "
@@ -52,6 +84,7 @@ def test_one_line_says_what_is_missing_and_what_runs_here(train):
     ]
 
 
+@pytest.mark.skipif(version() is None, reason="DALI is not installed")
 def test_a_run_on_the_cpu(train, tmp_path):
     done = train("--name", "nvidia", "--device", "cpu", "--max_steps", "2", "--target", "null", "--log_every", "1")
     assert done.returncode == 0, done.stderr
@@ -92,6 +125,7 @@ def test_the_bench_works(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "cpu.md").read_text()
-    for row in ("prologue", "matcher", "loss, forward", "decoder", "norm + add", "this backend", "native loader", "dali loader"):
+    kernels = "prologue", "matcher", "loss, forward", "first convolution", "decoder", "norm + add"
+    for row in (*kernels, "this backend", "without graph", "compiled model", "native loader", "dali loader"):
         assert re.search(rf"^\| .*{re.escape(row)}.*\d", text, re.M), text
     assert "not measured" not in text and set(json.loads((tmp_path / "cpu.json").read_text())) == {"about", "seconds"}
