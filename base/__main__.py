@@ -10,6 +10,7 @@ TOOLS = {
     "config": ("base.tools.config", "print a resolved configuration and where each value comes from"),
     "evaluate": ("base.tools.evaluate", "the 12 COCO figures of a checkpoint"),
     "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
+    "new-backend": ("base.tools.new_backend", "write the folder of a new backend, which trains the demo as it stands"),
     "demo-data": ("base.tools.demo_data", "draw the embedded demo data set"),
     "index": ("base.tools.index", "pack a data set's annotations and report what was dropped or mended"),
 }
