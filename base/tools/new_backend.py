@@ -43,7 +43,7 @@ def check_name(name: str, place: Path) -> None:
 
 def write(name: str, device: str, place: Path) -> list[Path]:
     """Writes the folder and returns its files."""
-    words = {"acme": name, "ACME": name.upper(), "Acme": name.title().replace("_", "")}
+    words = {"acme": name, "ACME": name.upper().replace("_", ""), "Acme": name.title().replace("_", "")}
 
     def named(text: str) -> str:
         return re.sub("|".join(words), lambda word: words[word[0]], text)
