@@ -22,10 +22,10 @@ from base.backend import ALIASES, SLOTS, Backend, backend_folder, load_backend, 
 from base.backends import DEFAULT_BACKEND
 from base.distributed import device_type, devices_here
 from base.errors import UserError
-from base.tools.launch import flag_value
 from base.tools import verify_loaders, verify_model, verify_parts, verify_run
 from base.tools.bench import machine
 from base.tools.bench_parts import interleaved
+from base.tools.launch import flag_value
 from base.tools.verify_parts import Kit
 
 CHECKS = {**verify_parts.CHECKS, **verify_model.CHECKS, **verify_loaders.CHECKS, **verify_run.CHECKS}  # part → its checks
