@@ -11,6 +11,7 @@ TOOLS = {
     "evaluate": ("base.tools.evaluate", "the 12 COCO figures of a checkpoint"),
     "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
     "verify": ("base.tools.verify", "hold every component of a backend to the reference"),
+    "new-backend": ("base.tools.new_backend", "write the folder of a new backend, which trains the demo as it stands"),
     "demo-data": ("base.tools.demo_data", "draw the embedded demo data set"),
     "index": ("base.tools.index", "pack a data set's annotations and report what was dropped or mended"),
 }

@@ -92,26 +92,30 @@ def _spread(use: Mapping[str, str]) -> dict[str, str]:
 def _record(name: str, children: tuple[str, ...]) -> Backend:
     """``BACKEND`` of the folder, its empty slots filled from what it extends."""
     if name in children:
-        raise UserError(f"backends extend each other in a ring: {' → '.join((*children, name))}")
+        ring = " → ".join((*children, name))
+        where = _line_at(backend_folder(children[-1]), "extends")
+        raise UserError(f"{where}: backends extend each other in a ring: {ring}; let one of them extend 'reference'")
     try:
         folder = backend_folder(name)
     except UserError as error:
-        raise UserError(f"{backend_folder(children[-1])}/backend.py extends {name!r}: {error}" if children else str(error)) from error
+        raise UserError(f"{_line_at(backend_folder(children[-1]), 'extends')}: {error}" if children else str(error)) from error
     own = _import(name, folder)
     if not isinstance(own, Backend) or own.name != name:
         has = f"the name {own.name!r}" if isinstance(own, Backend) else "none" if own is None else repr(own)
-        raise UserError(f"{folder}/backend.py must define BACKEND = Backend(name={name!r}, …), as its folder is called, and has {has}")
+        where = _line_at(folder, "name")
+        raise UserError(f"{where}: the file must define BACKEND = Backend(name={name!r}, …), as its folder is called, and has {has}")
     kinds = {"device": str, "distributed": str, "extends": str | None, "cards": str | None}
     if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(own, key), kind)]:
-        raise UserError(f"{folder}/backend.py: {wrong[0]}={getattr(own, wrong[0])!r} must be a name")
+        raise UserError(f"{_line_at(folder, wrong[0])}: {wrong[0]}={getattr(own, wrong[0])!r} must be a name, in quotes")
     if not isinstance(own.dtypes, tuple) or not own.dtypes or not set(own.dtypes) <= set(DTYPES):
-        raise UserError(f"{folder}/backend.py: dtypes={own.dtypes!r} must be a tuple of some of {', '.join(DTYPES)}")
+        raise UserError(f"{_line_at(folder, 'dtypes')}: dtypes={own.dtypes!r} must be a tuple of some of {', '.join(DTYPES)}")
     mine = {slot: getattr(own, slot) for slot in SLOTS if getattr(own, slot) is not None}
     for slot, component in mine.items():
         _check_signature(folder, slot, component)
     if own.extends is None:
         if missing := [slot for slot in SLOTS if slot not in mine]:
-            raise UserError(f"{folder}/backend.py extends nothing and lacks {', '.join(missing)}; add them or extends='reference'")
+            where = _line_at(folder, "extends")
+            raise UserError(f"{where}: backend {name!r} extends nothing and lacks {', '.join(missing)}; add them or extends='reference'")
         return replace(own, suppliers=dict.fromkeys(SLOTS, name))
     parent = _record(own.extends, (*children, name))
     merged = {slot: mine.get(slot, getattr(parent, slot)) for slot in SLOTS}
@@ -121,22 +125,24 @@ def _record(name: str, children: tuple[str, ...]) -> Backend:
 
 
 def _import(name: str, folder: Path):
+    mend = f"; python3 prepare.py --name {name} builds its extensions" if (folder / "build.py").exists() else "; mend that line"
     try:
         return getattr(importlib.import_module(f"base.backends.{name}.backend"), "BACKEND", None)
     except ModuleNotFoundError as error:
         where = _line_in(folder, error)
         if error.name and error.name.partition(".")[0] == "base":
-            raise UserError(f"{where}: there is no module {error.name}") from error
+            raise UserError(f"{where}: there is no module {error.name}{mend}") from error
         raise UserError(
-            f"{where}: backend {name!r} needs the package {error.name!r}, which is not installed: python3 prepare.py --name {name}"
+            f"{where}: backend {name!r} needs the package {error.name!r}, which is not installed: python3 prepare.py --name {name} "
+            f"installs what {folder}/requirements.txt lists"
         ) from error
     except UserError:
         raise
-    except Exception as error:  # a folder's code may raise anything; the line says where
+    except (Exception, SystemExit) as error:  # a folder's code may raise anything; the line says where
         why = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}".removesuffix(": ")
         if field_name := re.search(r"Backend.__init__\(\) got an unexpected keyword argument '(\w+)'", why):
-            why += nearest(field_name[1], [f.name for f in fields(Backend)])
-        raise UserError(f"{_line_in(folder, error)}: backend {name!r} cannot be imported: {why}") from error
+            mend = nearest(field_name[1], [f.name for f in fields(Backend) if f.name != "suppliers"])
+        raise UserError(f"{_line_in(folder, error)}: backend {name!r} cannot be imported: {why}{mend}") from error
 
 
 def _line_in(folder: Path, error: BaseException) -> str:
@@ -146,10 +152,20 @@ def _line_in(folder: Path, error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else f"{folder}/backend.py"
 
 
+def _line_at(folder: Path, key: str) -> str:
+    """file:line of ``key=`` in the record that a backend.py states; of the record, or of the file's start, if it is not there."""
+    path = folder / "backend.py"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    record = next((number for number, line in enumerate(lines) if line.startswith("BACKEND")), 0)
+    stated = (number for number, line in enumerate(lines[record:], record) if re.search(rf"\b{key}\s*=", line))
+    return f"{path}:{next(stated, record) + 1}"
+
+
 def _check_signature(folder: Path, slot: str, component: Callable) -> None:
     """Refuses a component that cannot be called as the contract says, before a run starts."""
     if not callable(component):
-        raise UserError(f"{folder}/backend.py: component {slot!r} is {component!r}, which cannot be called")
+        where = _line_at(folder, slot)
+        raise UserError(f"{where}: component {slot!r} is {component!r}, which cannot be called; state a function, or leave it out")
     wanted = list(inspect.signature(CONTRACTS[slot].__call__).parameters.values())[1:]  # without self
     positional = [p.name for p in wanted if p.kind is not p.KEYWORD_ONLY and p.default is p.empty]
     keywords = [p.name for p in wanted if p.name not in positional]
@@ -164,5 +180,6 @@ def _check_signature(folder: Path, slot: str, component: Callable) -> None:
     except TypeError as error:
         form = ", ".join([*positional, *(f"{k}=…" for k in keywords)])
         code = getattr(inspect.unwrap(component), "__code__", None)
-        where = f"{code.co_filename}:{code.co_firstlineno}" if code else f"{folder}/backend.py"
-        raise UserError(f"{where}: component {slot!r}{signature} cannot be called as {slot}({form}): {error}") from error
+        where = f"{code.co_filename}:{code.co_firstlineno}" if code else _line_at(folder, slot)
+        call = f"{slot}({form}), as base/contracts.py says"
+        raise UserError(f"{where}: component {slot!r}{signature} cannot be called as {call}: {error}") from error

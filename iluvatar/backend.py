@@ -15,6 +15,7 @@ BACKEND = Backend(
     device="cuda",  # CoreX's torch shows its devices as torch.cuda
     distributed="nccl",
     cards=r"Iluvatar|(BI|MR|TG)-V\d",
+    dtypes=("float32", "float16"),
     telemetry=open_sensor,
     train_loader=train_loader,
     eval_loader=eval_loader,

@@ -141,21 +141,23 @@ print(acme.data.VERSION, ours.DATA, load_backend("acme") is not None, ours.BACKE
     assert printed == "the installed one the installed one True acme acme.data\n"
 
 
-# Broken ones: name → what backend.py holds, and what is said. NAME, HERE: the backend's name and folder; *: anything
+# Broken ones: name → what backend.py holds, and what is said. NAME, HERE, THERE: the backend's name, folder and that one's; *: anything
 
 OWN = HEAD + "BACKEND = Backend(name='NAME', "  # two lines
-MUST = "HERE/backend.py must define BACKEND = Backend(name='NAME', …), as its folder is called, and has "
+MUST = "the file must define BACKEND = Backend(name='NAME', …), as its folder is called, and has "
 BROKEN = {
-    "empty": ("", MUST + "none"),
-    "mistyped": ("BACKEND = {'name': 'mistyped'}", MUST + "{'name': 'mistyped'}"),
-    "misnamed": (HEAD + "BACKEND = Backend(name='other')", MUST + "the name 'other'"),
-    "unknown_slot": ("\n" + OWN + "los=print)", "HERE/backend.py:3: backend 'NAME' cannot be imported: *'los'; did you mean loss"),
-    "unnamed": (HEAD + "BACKEND = Backend()", "HERE/backend.py:2: *missing 1 required keyword-only argument: 'name'"),
-    "not_callable": (OWN + "loss=3)", "HERE/backend.py: component 'loss' is 3, which cannot be called"),
-    "device_type": (OWN + "device=0)", "HERE/backend.py: device=0 must be a name"),
+    "empty": ("", "HERE/backend.py:1: " + MUST + "none"),
+    "mistyped": ("\nBACKEND = {'name': 'mistyped'}", "HERE/backend.py:2: " + MUST + "{'name': 'mistyped'}"),
+    "misnamed": (HEAD + "BACKEND = Backend(\n  name='other')", "HERE/backend.py:3: " + MUST + "the name 'other'"),
+    "unknown_slot": ("\n" + OWN + "los=print)", "HERE/backend.py:3: backend 'NAME' cannot be imported: *'los'; did you mean loss? there are: name,"),
+    "unnamed": (HEAD + "BACKEND = Backend()", "HERE/backend.py:2: *missing 1 required keyword-only argument: 'name'; mend that line"),
+    "not_callable": (OWN + "\nloss=3)", "HERE/backend.py:3: component 'loss' is 3, which cannot be called; state a function, or leave it out"),
+    "device_type": (OWN + "device=0)", "HERE/backend.py:2: device=0 must be a name, in quotes"),
+    "distributed_type": (OWN + "\n distributed = ['gloo'])", "HERE/backend.py:3: distributed=['gloo'] must be a name, in quotes"),
+    "extends_type": (OWN + "\n\n extends=7)", "HERE/backend.py:4: extends=7 must be a name, in quotes"),
     "signature": (
         "def loss(predictions):\n    return 0\n" + OWN + "loss=loss)",
-        "HERE/backend.py:1: component 'loss'(predictions) cannot be called as loss(predictions, targets): too many positional",
+        "HERE/backend.py:1: component 'loss'(predictions) cannot be called as loss(predictions, targets), as base/contracts.py says: too many",
     ),
     "keyword_only": (
         "\ndef decode(predictions, default_boxes, *, score_threshold, iou_threshold, max_detections): ...\n" + OWN + "decoder=decode)",
@@ -167,21 +169,23 @@ BROKEN = {
     ),
     "missing_package": (
         "import os\nimport not_there.at_all",
-        "HERE/backend.py:2: backend 'NAME' needs the package 'not_there', which is not installed: python3 prepare.py --name NAME",
+        "HERE/backend.py:2: backend 'NAME' needs the package 'not_there', which is not installed: python3 prepare.py --name NAME installs what "
+        "HERE/requirements.txt lists",
     ),
-    "missing_module": ("from .nowhere import loss", "HERE/backend.py:1: there is no module base.backends.NAME.nowhere"),
+    "missing_module": ("from .nowhere import loss", "HERE/backend.py:1: there is no module base.backends.NAME.nowhere; mend that line"),
     "missing_in_base": ("\nfrom base.nowhere import loss", "HERE/backend.py:2: there is no module base.nowhere"),
     "missing_name": ("from base.errors import Nothing", "HERE/backend.py:1: backend 'NAME' cannot be imported: ImportError: "),
-    "syntax": ("x = 1\ndef f(:\n    pass", "HERE/backend.py:2: backend 'NAME' cannot be imported: invalid syntax"),
+    "syntax": ("x = 1\ndef f(:\n    pass", "HERE/backend.py:2: backend 'NAME' cannot be imported: invalid syntax; mend that line"),
     "raises": ("import ctypes\n\nctypes.CDLL('libnot_there.so')", "HERE/backend.py:3: backend 'NAME' cannot be imported: OSError: libnot_there.so"),
     "key_error": ("import os\nos.environ['ABSENT']", "HERE/backend.py:2: backend 'NAME' cannot be imported: KeyError: 'ABSENT'"),
     "asserts": ("assert False", "HERE/backend.py:1: backend 'NAME' cannot be imported: AssertionError"),
+    "exits": ("\nraise SystemExit('no driver')", "HERE/backend.py:2: backend 'NAME' cannot be imported: SystemExit: no driver; mend that line"),
     "says_itself": ("from base.errors import UserError\nraise UserError('install the driver')", "install the driver"),
-    "alone": (OWN + "extends=None)", "HERE/backend.py extends nothing and lacks train_loader, *; add them or extends='reference'"),
-    "orphan": (OWN + "extends='referense')", "HERE/backend.py extends 'referense': no backend is called 'referense'; did you mean reference?"),
-    "ring": (OWN + "extends='ring_too')", "backends extend each other in a ring: ring → ring_too → ring"),
-    "ring_too": (OWN + "extends='ring')", "backends extend each other in a ring: ring_too → ring → ring_too"),
-    "selfish": (OWN + "extends='selfish')", "backends extend each other in a ring: selfish → selfish"),
+    "alone": (OWN + "extends=None)", "HERE/backend.py:2: backend 'NAME' extends nothing and lacks train_loader, *; add them or extends='reference'"),
+    "orphan": (OWN + "\nextends='referense')", "HERE/backend.py:3: no backend is called 'referense'; did you mean reference?"),
+    "ring": (OWN + "extends='ring_too')", "THERE/ring_too/backend.py:2: backends extend each other in a ring: ring → ring_too → ring; let one"),
+    "ring_too": (OWN + "extends='ring')", "THERE/ring/backend.py:2: backends extend each other in a ring: ring_too → ring → ring_too; let one"),
+    "selfish": (OWN + "extends='selfish')", "HERE/backend.py:2: backends extend each other in a ring: selfish → selfish; let one of"),
 }
 TELL_ALL = """
 import json, sys
@@ -211,7 +215,7 @@ def told(tmp_path_factory):
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_backends_are_explained(told, name):
     path, said = told
-    wanted = BROKEN[name][1].replace("NAME", name).replace("HERE", str(path / name))
+    wanted = BROKEN[name][1].replace("NAME", name).replace("THERE", str(path)).replace("HERE", str(path / name))
     assert re.match(".*".join(map(re.escape, wanted.split("*"))), said[name], re.DOTALL), said[name]
     assert len(said[name]) < 600 and "Traceback" not in said[name]
 
@@ -247,6 +251,42 @@ def test_two_folders_of_one_name_are_both_named(place, tmp_path):
     again = os.pathsep.join(map(str, (place.path, "", place.path, ROOT)))  # the same place twice, or the project's, is one place
     assert python(FIND, place.path, "twin", SSD_BACKEND_PATH=again) == f"{place.path / 'twin'}\n"
     assert python(FIND, place.path, "reference", SSD_BACKEND_PATH=again) == f"{ROOT / 'reference'}\n"
+
+
+def test_what_hides_a_backend_from_python_is_named(place, tmp_path):
+    """Python takes a file, or a folder with an __init__.py, before a plain folder of the same name."""
+    place("tests", backend=HEAD + "BACKEND = Backend(name='tests')")
+    said = python(FIND, place.path, "tests")
+    assert said.startswith(f"backend 'tests' in {place.path / 'tests'} is hidden by {ROOT / 'tests' / '__init__.py'}, which Python imports first")
+    (place.path / "reference.py").touch()
+    said = python(FIND, place.path, "reference")
+    assert said.startswith(f"backend 'reference' in {ROOT / 'reference'} is hidden by {place.path / 'reference.py'}, which Python imports first")
+
+
+def test_a_package_of_its_own_is_a_backend_too(place):
+    place("packaged", backend=HEAD + "BACKEND = Backend(name='packaged')", __init__="")
+    assert json.loads(python(TELL_ALL, place.path, "packaged")) == {"packaged": "loaded"}
+
+
+@pytest.mark.parametrize("name", ["my-chip", "my.chip", "1chip", "_chip", "class", "chïp"])
+def test_a_folder_that_cannot_be_imported_is_told_its_rule(place, name):
+    place(name, backend=HEAD + f"BACKEND = Backend(name={name!r})")
+    said = python(FIND, place.path, name, PYTHONIOENCODING="utf-8")
+    assert said.startswith(f"{place.path / name} cannot be imported as {name!r}; rename the folder: letters, digits and _")
+
+
+def test_a_backend_path_that_is_a_backend_is_told_its_parent(place):
+    folder = place("inner", backend=HEAD + "BACKEND = Backend(name='inner')")
+    said = python(FIND, place.path, "inner", SSD_BACKEND_PATH=str(folder))
+    assert said == f"$SSD_BACKEND_PATH names {folder}, which is a backend itself; it takes the folder that holds it: {place.path}\n"
+
+
+def test_extensions_that_are_not_built_are_told_their_command(place):
+    place("unbuilt", backend="from . import _kernels", build="")
+    place("unlinked", backend="import ctypes\nctypes.CDLL('/nowhere/libkernels.so')", build="")
+    said = json.loads(python(TELL_ALL, place.path, "unbuilt", "unlinked"))
+    assert "/backend.py:1: " in said["unbuilt"] and said["unbuilt"].endswith("; python3 prepare.py --name unbuilt builds its extensions")
+    assert "/backend.py:2: " in said["unlinked"] and said["unlinked"].endswith("; python3 prepare.py --name unlinked builds its extensions")
 
 
 def test_a_backend_path_that_is_no_folder_is_named(tmp_path):

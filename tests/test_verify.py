@@ -14,8 +14,7 @@ from base.__main__ import main
 from base.backend import SLOTS, load_backend
 from base.tools import verify_model
 from base.tools.verify import CHECKS, Kit, rows_of
-from tests.conftest import ROOT
-from tests.test_golden import DEVICE
+from tests.conftest import DEVICE, ROOT
 
 MUTANTS = Path(__file__).parent / "mutants"
 NAMES = sorted(file.parent.name for file in MUTANTS.glob("*/backend.py"))
@@ -139,4 +138,4 @@ def test_dtypes_that_are_none_are_refused(dtypes, tmp_path, places, capsys):
     (tmp_path / "odd" / "backend.py").write_text(f"from base.backend import Backend\nBACKEND = Backend(name='odd', dtypes={dtypes})\n")
     places(tmp_path)
     assert main(["verify", "--name", "odd"]) == 2
-    assert re.search(r"odd/backend.py: dtypes=.* must be a tuple of some of float32, bfloat16, float16", capsys.readouterr().err)
+    assert re.search(r"odd/backend.py:\d+: dtypes=.* must be a tuple of some of float32, bfloat16, float16", capsys.readouterr().err)

@@ -22,10 +22,10 @@ from base.backend import ALIASES, SLOTS, Backend, backend_folder, load_backend, 
 from base.backends import DEFAULT_BACKEND
 from base.distributed import device_type, devices_here
 from base.errors import UserError
-from base.tools.launch import flag_value
 from base.tools import verify_loaders, verify_model, verify_parts, verify_run
 from base.tools.bench import machine
 from base.tools.bench_parts import interleaved
+from base.tools.launch import flag_value
 from base.tools.verify_parts import Kit
 
 CHECKS = {**verify_parts.CHECKS, **verify_model.CHECKS, **verify_loaders.CHECKS, **verify_run.CHECKS}  # part → its checks
@@ -167,6 +167,7 @@ def main(arguments: list[str]) -> int:
     about |= {"dtypes": ", ".join(backend.dtypes), "golden data": "tests/golden" if verify_parts.GOLDEN else "not here, so not checked"}
     head = [f"{name}: {value}" for name, value in {**about, "seed": f"{seed} (--seed {seed} repeats the inputs)"}.items()]
     print("\n".join(head), flush=True)
+    torch.backends.fp32_precision = "ieee"  # else accelerators round float32 products to 10 bits of mantissa, each layout in its own way
     with tempfile.TemporaryDirectory(prefix="ssd-verify-") as scratch:
         kit = Kit(backend, load_backend("reference"), torch.device(kind), seed, Path(scratch), use)
         rows, speeds = verify(kit, parts)

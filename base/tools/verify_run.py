@@ -45,7 +45,9 @@ def thirty_steps(kit: Kit) -> Found:
             losses[-1] += [step(batch, RATE_A_STEP * (len(loader) * epoch + n)).item() for n, batch in enumerate(loader)]
         steps.append(step)
     got, want = (np.array(some[:STEPS]) for some in losses)
-    tolerance = 0.01 if tolerated(steps[0], random_batch(kit, 2)) is FULL else 0.05  # of a mean of ten; rounding adds up from step to step
+    # Of a mean of ten. What differs adds up from step to step: precision, and pixels of a loader that decodes in its own way.
+    same = tolerated(steps[0], random_batch(kit, 2)) is FULL and kit.backend.suppliers["train_loader"] == "reference"
+    tolerance = 0.01 if same else 0.05
     yield "first loss", abs(got[0] / want[0] - 1), 0.01
     for part in (slice(0, 10), slice(10, 20), slice(20, STEPS)):
         yield f"losses of steps {part.start + 1} to {part.stop}, their mean", abs(got[part].mean() / want[part].mean() - 1), tolerance

@@ -1,7 +1,6 @@
 """Step: predicts with the batch's own statistics."""
 
 import torch
-from base.backends.altered import altered_step
 from base.backends.reference.step import TrainStep
 
 from base.backend import Backend
@@ -14,4 +13,4 @@ class Training(TrainStep):
         return self.forward(images.to(self.device))
 
 
-BACKEND = Backend(name="predicts_in_training", step=altered_step(Training))
+BACKEND = Backend(name="predicts_in_training", step=Training)

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from base.backends.reference.model import build_model
+from base.backends.reference.model import SSD
 
 from base.backend import Backend
 
 
 def shifted(**options):
-    model = build_model(**options)
+    model = SSD(**options)
     sizes = model.default_boxes.feature_sizes
     first = 4 * sizes[0][0] * sizes[0][1]
     some = slice(first, first + 6 * sizes[1][0] * sizes[1][1])
