@@ -8,7 +8,8 @@ from base.errors import UserError
 TOOLS = {
     "train": ("base.tools.launch", "train and evaluate a detector (what run_training.sh calls)"),
     "config": ("base.tools.config", "print a resolved configuration and where each value comes from"),
-    "evaluate": ("base.tools.evaluate", "the 12 COCO figures of a checkpoint"),
+    "evaluate": ("base.tools.evaluate", "the 12 COCO figures of a checkpoint, and AP a class"),
+    "predict": ("base.tools.predict", "pictures with what a checkpoint detects in them"),
     "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
     "verify": ("base.tools.verify", "hold every component of a backend to the reference"),
     "new-backend": ("base.tools.new_backend", "write the folder of a new backend, which trains the demo as it stands"),

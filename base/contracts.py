@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from base.boxes import DefaultBoxes
@@ -135,10 +136,15 @@ class Decoder(Protocol):
 
 
 class Evaluator(Protocol):
-    """What slot ``evaluator`` returns for an annotation file: collects detections, then computes COCO's 12 FIGURES."""
+    """What slot ``evaluator`` returns for an annotation file: collects detections, then computes COCO's 12 FIGURES.
+
+    ``curves`` are the precisions of which AP is the mean: float64 (10 IoU thresholds 0.5 … 0.95, 101 recalls 0 … 1, C - 1 classes)
+    over boxes of all sizes, 100 detections an image; -1 for a class without boxes in the ground truth.
+    """
 
     def update(self, image_ids: Tensor, sizes: Tensor, detections: list[Detections]) -> None: ...
     def compute(self) -> dict[str, float]: ...
+    def curves(self) -> np.ndarray: ...
 
 
 class MakeEvaluator(Protocol):

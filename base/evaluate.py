@@ -11,7 +11,7 @@ import torch
 
 from base.backend import Backend, load_backend
 from base.config import Config
-from base.contracts import Detections, Loader, Step
+from base.contracts import Detections, Evaluator, Loader, Step
 from base.distributed import AgreedError, Ranks
 from base.errors import UserError
 
@@ -70,10 +70,15 @@ def flat(ids: list[torch.Tensor], sizes: list[torch.Tensor], found: list[Detecti
 
 def figures(backend: Backend, annotation_file: str | Path, arrays: dict[str, np.ndarray]) -> dict[str, float]:
     """The 12 figures of detections as `detect` gathers them."""
+    return judged(backend, annotation_file, arrays).compute()
+
+
+def judged(backend: Backend, annotation_file: str | Path, arrays: dict[str, np.ndarray]) -> Evaluator:
+    """The backend's evaluator, which has seen these detections."""
     parts = [torch.from_numpy(arrays[name]).split(arrays["counts"].tolist()) for name in Detections._fields]
     evaluator = backend.evaluator(annotation_file)
     evaluator.update(torch.from_numpy(arrays["ids"]), torch.from_numpy(arrays["sizes"]), [Detections(*image) for image in zip(*parts, strict=True)])
-    return evaluator.compute()
+    return evaluator
 
 
 class Background:

@@ -57,11 +57,19 @@ class CocoEvaluator:
 
     def compute(self) -> dict[str, float]:
         """The 12 figures by name; 0 each without any detection, -1 where the ground truth has no such box (as pycocotools)."""
-        index = self.index
-        truth = (index.first_box, index.boxes, index.labels, index.crowd, index.areas, len(index.category_ids))
-        precisions, recalls = _coco.figures(*truth, list(self.parts), IOU_THRESHOLDS, RECALL_THRESHOLDS, self.threads)
+        precisions, recalls = self._compared()
         wanted = (precisions[0], precisions[0, 0], precisions[0, 5], *precisions[1:], *recalls)  # 0 and 5: IoU 0.5 and 0.75
         return dict(zip(FIGURES, map(_mean, wanted), strict=True))
+
+    def curves(self) -> np.ndarray:
+        """Precisions (10 IoU thresholds, 101 recalls, C - 1); -1 for a class without boxes."""
+        return self._compared()[0][0]
+
+    def _compared(self) -> tuple[np.ndarray, np.ndarray]:
+        """Precisions (sizes of boxes, IoU thresholds, recalls, classes) and recalls (rows of figures, IoU thresholds, classes)."""
+        index = self.index
+        truth = (index.first_box, index.boxes, index.labels, index.crowd, index.areas, len(index.category_ids))
+        return _coco.figures(*truth, list(self.parts), IOU_THRESHOLDS, RECALL_THRESHOLDS, self.threads)
 
     def _positions(self, ids: np.ndarray) -> np.ndarray:
         """Where the images stand in the index."""

@@ -4,6 +4,7 @@ import contextlib
 import io
 from pathlib import Path
 
+import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -34,6 +35,13 @@ class CocoEvaluator:
 
     def compute(self) -> dict[str, float]:
         """The 12 figures by name; 0 each without any detection, -1 where the ground truth has no such box (as pycocotools)."""
+        return dict(zip(FIGURES, map(float, self._compared().stats), strict=True))
+
+    def curves(self) -> np.ndarray:
+        """Precisions (10 IoU thresholds, 101 recalls, C - 1); -1 for a class without boxes."""
+        return self._compared().eval["precision"][:, :, :, 0, -1]  # boxes of all sizes, 100 detections an image
+
+    def _compared(self) -> COCOeval:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
             dataset = self.index.to_coco()
             for number, box in enumerate(dataset["annotations"], 1):
@@ -45,7 +53,7 @@ class CocoEvaluator:
             result.evaluate()
             result.accumulate()
             result.summarize()
-        return dict(zip(FIGURES, map(float, result.stats), strict=True))
+        return result
 
 
 def as_coco(dataset: dict) -> COCO:

@@ -1,50 +1,46 @@
-"""``python -m base evaluate --checkpoint C --data_dir D``: the 12 COCO figures of a checkpoint."""
+"""``python -m base evaluate --checkpoint C --data_dir D``: the 12 COCO figures of a checkpoint, and AP a class."""
 
 import argparse
 from pathlib import Path
 
-import torch
-
-from base import checkpoint
-from base.backend import load_backend
 from base.backends import DEFAULT_BACKEND
-from base.config import Config, validate
 from base.contracts import FIGURES
-from base.distributed import Ranks, check_cards, device_names, device_type, devices_here
+from base.distributed import Ranks
 from base.errors import UserError
-from base.evaluate import detect, figures, make_eval_loader
+from base.evaluate import detect, judged, make_eval_loader
 from base.index import AnnotationIndex
+from base.tools.detector import open_checkpoint
+
+
+def flags_of_a_detector(parser: argparse.ArgumentParser) -> None:
+    """The flags that every tool has which starts from a checkpoint."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of a run's folder checkpoints/, or one of the MLPerf reference")
+    parser.add_argument("--name", default=DEFAULT_BACKEND, help="backend (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="torch device type (default: what the backend asks for)")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads of the loader (default: 2)")
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base evaluate", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of a run's folder checkpoints/, or one of the MLPerf reference")
+    flags_of_a_detector(parser)
     parser.add_argument("--data_dir", "--data-dir", default=None, help="data folder (default: the one it was trained on)")
-    parser.add_argument("--name", default=DEFAULT_BACKEND, help="backend (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="torch device type (default: what the backend asks for)")
-    parser.add_argument("--workers", type=int, default=2, help="processes or threads of the loader (default: 2)")
     flags = parser.parse_args(arguments)
-    state, content = checkpoint.read_weights(flags.checkpoint)
-    stored = content["config"] if content else Config().model_dump(mode="json")  # MLPerf's is SSD300-ResNet34
-    given = {"workers": flags.workers, "device": flags.device, "nodes": 1, "devices": 1, "use": {}}
-    config = validate({**stored, **given, "data_dir": flags.data_dir or stored["data_dir"]}, {})
+    changes = {"workers": flags.workers} | ({"data_dir": flags.data_dir} if flags.data_dir else {})
+    found = open_checkpoint(flags.checkpoint, flags.name, flags.device, **changes)
+    backend, config = found.backend, found.config
     if not config.data_dir:
         raise UserError(f"{flags.checkpoint} does not say which data it was trained on; pass --data_dir")
-    backend = load_backend(flags.name)
-    kind = device_type(config.device if config.device != "auto" else backend.device)
-    if devices_here(kind) == 0:
-        raise UserError(f"this machine has no {kind} device; use --device cpu")
-    check_cards(backend, device_names(kind))
     ids = AnnotationIndex.open(config.path("val_annotations")).category_ids.tolist()
-    if content and ids != content["categories"]["ids"]:
-        raise UserError(f"{flags.checkpoint} knows categories {content['categories']['ids']}, the data set has {ids}")
-    model = backend.model(num_classes=len(ids) + 1, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
-    checkpoint.load_weights(model, state, flags.checkpoint)
-    device = torch.device(kind)
-    model.to(device)
-    step = backend.step(model=model, optimizer=None, matcher=backend.matcher, loss=backend.loss, device=device)
-    ranks = Ranks(0, 1, device)
-    arrays, _ = detect(backend, config, ranks, step, model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
-    found = figures(backend, config.path("val_annotations"), arrays)
-    print("\n".join(f"{name:>6}  {found[name]:.4f}" for name in FIGURES))
+    if ids != found.category_ids:
+        raise UserError(f"{flags.checkpoint} knows categories {found.category_ids}, the data set has {ids}")
+    ranks = Ranks(0, 1, found.device)
+    arrays, _ = detect(backend, config, ranks, found.step, found.model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
+    evaluator = judged(backend, config.path("val_annotations"), arrays)
+    twelve, curves = evaluator.compute(), evaluator.curves()
+    print("\n".join(f"{name:>6}  {twelve[name]:.4f}" for name in FIGURES))
+    width = max(map(len, found.names))
+    print(f"\n{'class':{width}}      AP    AP50")
+    for name, curve in zip(found.names, curves.transpose(2, 0, 1), strict=True):
+        known = (curve > -1).any()
+        print(f"{name:{width}}  " + (f"{curve.mean():.4f}  {curve[0].mean():.4f}" if known else "no box in the ground truth"))
     return 0

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from base.backend import Backend
-from base.contracts import FIGURES, Batch, Detections
+from base.contracts import FIGURES, Batch, Detections, Evaluator
 from base.index import AnnotationIndex
 from base.tools.verify_parts import GOLDEN, Found, Kit, golden, wrong
 
@@ -168,11 +168,15 @@ def evaluation_samples(kit: Kit) -> Found:
     yield "two ranks", abs(twice) + unequal([*parts[0], *parts[1]], own), 0
 
 
-def figures_of(make: Callable, file: Path, batches: list[tuple]) -> dict[str, float]:
+def judged(make: Callable, file: Path, batches: list[tuple]) -> Evaluator:
     evaluator = make(file)
     for batch in batches:
         evaluator.update(*batch)
-    return evaluator.compute()
+    return evaluator
+
+
+def figures_of(make: Callable, file: Path, batches: list[tuple]) -> dict[str, float]:
+    return judged(make, file, batches).compute()
 
 
 def figures_apart(got: dict, want: dict) -> float:
@@ -224,6 +228,8 @@ def coco_random(kit: Kit) -> Found:
     yield "another order, one update", max(figures_apart(figures_of(make, file, some), want) for some in (batches[::-1], [one])), 1e-9
     none = Detections(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0))
     empty = [(*joined, [none] * len(batches))]
+    curves = [judged(maker, file, batches).curves() for maker in (make, kit.reference.evaluator)]
+    yield "precisions of each class", float(np.abs(np.subtract(*curves)).max()) if curves[0].shape == curves[1].shape else float("inf"), 1e-9
     yield "nothing found", figures_apart(figures_of(make, file, empty), figures_of(kit.reference.evaluator, file, empty)), 0
 
 

@@ -1,0 +1,58 @@
+"""A checkpoint made ready to detect: what `evaluate`, `predict` and `export` start from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchvision.models.detection import SSD300_VGG16_Weights
+
+from base import checkpoint
+from base.backend import Backend, load_backend
+from base.config import Config, validate
+from base.contracts import Step
+from base.distributed import check_cards, device_names, device_type, devices_here
+from base.errors import UserError
+
+
+@dataclass(frozen=True)
+class Detector:
+    """``category_ids`` and ``names`` are those of labels 1, 2, …, as the data set that it was trained on has them."""
+
+    backend: Backend
+    config: Config
+    model: torch.nn.Module
+    step: Step
+    device: torch.device
+    category_ids: list[int]
+    names: list[str]
+
+
+def coco_categories() -> dict[str, list]:
+    """COCO's 80 classes as MLPerf's checkpoints have them, by the numbers 1 … 90 of the annotations; torchvision lists them."""
+    named = enumerate(SSD300_VGG16_Weights.COCO_V1.meta["categories"])
+    ids, names = zip(*((number, name) for number, name in named if name not in ("__background__", "N/A")), strict=True)
+    return {"ids": list(ids), "names": list(names)}
+
+
+def open_checkpoint(path: Path, name: str, device: str = "auto", **changes) -> Detector:
+    """The model of a checkpoint of this project or of the MLPerf reference, on backend ``name``; ``changes`` to its configuration.
+
+    Raises UserError if the file cannot be read or belongs to another model, or this machine lacks the device.
+    """
+    state, content = checkpoint.read_weights(path)
+    stored = content["config"] if content else Config().model_dump(mode="json")  # MLPerf's is SSD300-ResNet34 on COCO
+    config = validate({**stored, "device": device, "nodes": 1, "devices": 1, "norm_ranks": 1, "use": {}, **changes}, {})
+    categories = content["categories"] if content else coco_categories()
+    backend = load_backend(name)
+    kind = device_type(device if device != "auto" else backend.device)
+    if devices_here(kind) == 0:
+        raise UserError(f"this machine has no {kind} device; use --device cpu")
+    check_cards(backend, device_names(kind))
+    model = backend.model(
+        num_classes=len(categories["ids"]) + 1, image_size=config.image_size, strides=config.strides, backbone=config.backbone
+    )
+    checkpoint.load_weights(model, state, path)
+    place = torch.device(kind)
+    model.to(place)
+    step = backend.step(model=model, optimizer=None, matcher=backend.matcher, loss=backend.loss, device=place)
+    return Detector(backend, config, model, step, place, list(categories["ids"]), list(categories["names"]))
