@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.data_dir or options.demo_data:
         options.data_dir = (options.data_dir or ROOT / "data" / "demo").absolute()
     try:
-        backend, extras = backend_folder(options.name), ["test"] * options.with_tests
+        backend, extras = backend_folder(options.name), ["export", "test"] * options.with_tests
         if options.check:
             return check(options, backend, extras)
         if options.data_dir and not (options.download or options.demo_data) and (faults := layout_faults(options.data_dir)):

@@ -10,6 +10,7 @@ TOOLS = {
     "config": ("base.tools.config", "print a resolved configuration and where each value comes from"),
     "evaluate": ("base.tools.evaluate", "the 12 COCO figures of a checkpoint, and AP a class"),
     "predict": ("base.tools.predict", "pictures with what a checkpoint detects in them"),
+    "export": ("base.tools.export", "write a checkpoint as ONNX, as a torch.export program or in MLPerf's layout, and check it"),
     "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
     "verify": ("base.tools.verify", "hold every component of a backend to the reference"),
     "new-backend": ("base.tools.new_backend", "write the folder of a new backend, which trains the demo as it stands"),

@@ -99,9 +99,18 @@ def from_mlperf(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _reorder_head(name: str, tensor: Tensor) -> Tensor:
+def to_mlperf(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This project's state dict → the MLPerf reference's names and order of default boxes; the way back of `from_mlperf`."""
+    renamed = {}
+    for name, tensor in state.items():
+        theirs, ours = next(pair for pair in MLPERF_PREFIXES if name.startswith(pair[1]))
+        renamed[theirs + name.removeprefix(ours)] = _reorder_head(name, tensor, back=True)
+    return renamed
+
+
+def _reorder_head(name: str, tensor: Tensor, back: bool = False) -> Tensor:
     kind, level, *_ = name.split(".")
     boxes = dict(enumerate(BOXES_PER_CELL)).get(int(level) if level.isdecimal() else None)
     if kind not in ("offset_heads", "class_heads") or boxes is None or not tensor.dim() or len(tensor) % boxes:
         return tensor
-    return tensor.reshape(-1, boxes, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
+    return tensor.reshape(*((boxes, -1) if back else (-1, boxes)), *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)

@@ -23,10 +23,11 @@ def decode(
     """
     boxes = decode_offsets(predictions.offsets.float(), default_boxes.xywh)
     scores = predictions.logits.float().softmax(-1)
-    return [_decode_image(b, s, score_threshold, iou_threshold, max_detections) for b, s in zip(boxes, scores, strict=True)]
+    return [decode_image(b, s, score_threshold, iou_threshold, max_detections) for b, s in zip(boxes, scores, strict=True)]
 
 
-def _decode_image(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int) -> Detections:
+def decode_image(boxes: Tensor, scores: Tensor, score_threshold: float, iou_threshold: float, max_detections: int) -> Detections:
+    """As `decode`, of boxes (A, 4) ltrb and probabilities (A, C) with background first."""
     found = []
     for label in range(1, scores.shape[1]):  # 0 is background
         candidates = (scores[:, label] > score_threshold).nonzero().flatten()

@@ -103,7 +103,7 @@ class SSD(nn.Module):
 
 def boxes_last(output: Tensor, values: int) -> Tensor:
     """A head's output (N, boxes·values, rows, columns) → (N, rows·columns·boxes, values); a view if it is channels-last."""
-    return output.permute(0, 2, 3, 1).reshape(len(output), -1, values)
+    return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, values)
 
 
 def resnet_to_layer3(name: str) -> nn.Sequential:

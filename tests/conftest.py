@@ -19,7 +19,7 @@ settings.load_profile("ssd")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device(os.environ.get("SSD_TEST_DEVICE", "cpu"))  # where components are tested
-torch.backends.fp32_precision = "ieee"  # float32 is held to float32's figures, wherever it is computed
+torch.backends.cudnn.allow_tf32 = False  # float32 is held to float32's figures, wherever it is computed
 GOLDEN = Path(__file__).parent / "golden"
 
 

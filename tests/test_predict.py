@@ -1,9 +1,11 @@
 """`python -m base predict` and `evaluate`: from files as people have them to pictures, JSON and figures."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from base.backends.reference.images import read_rgb
@@ -16,6 +18,7 @@ from base.checkpoint import Progress
 from base.config import Config
 from base.index import AnnotationIndex
 from base.tools.detector import coco_categories, open_checkpoint
+from base.weights import from_mlperf, to_mlperf
 from tests.conftest import GOLDEN
 
 
@@ -128,3 +131,53 @@ def test_evaluate_prints_the_figures_and_each_class(weights, demo_data, capsys):
     each = {line.rsplit(None, 2)[0]: float(line.split()[-2]) for line in lines[14:]}
     assert sorted(each) == sorted(category["name"] for category in names)
     assert np.mean(list(each.values())) == pytest.approx(float(lines[0].split()[1]), abs=1e-4)
+
+
+# Export
+
+EXPORTED = {"detections.onnx": (), "dense.onnx": ("--dense",), "program.pt2": ()}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_is_exported_detects_the_same(weights, tmp_path, name, capsys):
+    assert main(["export", "--checkpoint", str(weights), "--out", str(tmp_path / name), *EXPORTED[name]]) == 0
+    said = capsys.readouterr().out
+    assert "the same as PyTorch's" in said and int(said.split("; ")[1].split()[0]) > 100
+
+
+def test_any_number_of_images_and_none_found(weights, tmp_path):
+    file = tmp_path / "few.onnx"
+    assert main(["export", "--checkpoint", str(weights), "--out", str(file), "--score", "0.3", "--no-check"]) == 0
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert [(i.name, i.type) for i in session.get_inputs()] == [("images", "tensor(uint8)")]
+    images = np.random.default_rng(5).integers(0, 256, (5, 96, 96, 3), dtype=np.uint8)
+    image, boxes, labels, scores = session.run(None, {"images": images})
+    assert set(image.tolist()) == set(range(5)) and len(image) == len(boxes) == len(labels) == len(scores) and scores.min() > 0.3
+    assert (np.diff(image) >= 0).all() and all((np.diff(scores[image == n]) <= 0).all() for n in range(5))
+    for n in range(5):
+        alone = session.run(None, {"images": images[n : n + 1]})
+        assert np.array_equal(alone[2], labels[image == n]) and np.allclose(alone[3], scores[image == n], atol=1e-5)
+    assert main(["export", "--checkpoint", str(weights), "--out", str(file), "--score", "1", "--no_check"]) == 0
+    nothing = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, {"images": images})
+    assert [len(output) for output in nothing] == [0] * 4
+
+
+def test_mlperfs_layout_and_back(weights, tmp_path, golden, capsys):
+    backend = load_backend("reference")
+    model = backend.model(num_classes=81, image_size=(300, 300), strides=(1, 1, 2, 2, 2, 1), backbone="resnet34")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert {name: tuple(shape) for name, shape in golden("mlperf_state_dict")} == {name: tuple(t.shape) for name, t in to_mlperf(state).items()}
+    back = from_mlperf(to_mlperf(state))
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    assert main(["export", "--checkpoint", str(weights), "--out", str(tmp_path / "theirs.pt")]) == 0
+    assert "read back and the same" in capsys.readouterr().out
+    theirs, ours = torch.load(tmp_path / "theirs.pt", weights_only=True)["model"], checkpoint.read(weights)["model"]
+    assert torch.equal(theirs["model.layer1.0.weight"], ours["backbone.conv1.weight"])
+
+
+def test_exports_that_cannot_be(weights, tmp_path, monkeypatch, capsys):
+    assert main(["export", "--checkpoint", str(weights), "--out", str(tmp_path / "x.h5")]) == 2
+    assert "must end in .onnx, .pt2 or .pt" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["export", "--checkpoint", str(weights), "--out", str(tmp_path / "x.onnx")]) == 2
+    assert "-m pip install onnx onnxscript onnxruntime" in capsys.readouterr().err and not (tmp_path / "x.onnx").exists()

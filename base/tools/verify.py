@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
     about |= {"dtypes": ", ".join(backend.dtypes), "golden data": "tests/golden" if verify_parts.GOLDEN else "not here, so not checked"}
     head = [f"{name}: {value}" for name, value in {**about, "seed": f"{seed} (--seed {seed} repeats the inputs)"}.items()]
     print("\n".join(head), flush=True)
-    torch.backends.fp32_precision = "ieee"  # else accelerators round float32 products to 10 bits of mantissa, each layout in its own way
+    torch.backends.cudnn.allow_tf32 = False  # else accelerators round float32 products to 10 bits of mantissa, each layout in its own way
     with tempfile.TemporaryDirectory(prefix="ssd-verify-") as scratch:
         kit = Kit(backend, load_backend("reference"), torch.device(kind), seed, Path(scratch), use)
         rows, speeds = verify(kit, parts)

@@ -183,7 +183,7 @@ def rank_main(rank: int, port: int, name: str, use: dict, kind: str, seed: int, 
     """One of two ranks: steps on its half of a batch by the backend and by the reference; leaves what came of it in ``folder``."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     backend = load_backend(name, use)
-    torch.backends.fp32_precision = "ieee"  # as in the process that started this one
+    torch.backends.cudnn.allow_tf32 = False  # as in the process that started this one
     ranks = distributed.join(kind, "gloo" if kind == "cpu" else backend.distributed, 120)
     kit = Kit(backend, load_backend("reference"), ranks.device, seed, Path(folder), use)
     half = Batch(*(t[8 * rank : 8 * rank + 8] for t in random_batch(kit, 16)))
