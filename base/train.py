@@ -266,8 +266,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         if ranks is None or ranks.is_first or not isinstance(error, AgreedError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-    finally:
-        distributed.leave()
+    distributed.leave()  # not after any other error: its traceback holds what may still wait for other ranks, such as a captured graph
     return code
 
 

@@ -20,6 +20,7 @@ import torch
 import triton
 from base.backends.nvidia.dali import version
 from base.backends.nvidia.decoder import decode
+from base.backends.nvidia.jitter import jitter, plain_jitter
 from base.backends.nvidia.loss import multibox_loss
 from base.backends.nvidia.matcher import match
 from base.backends.nvidia.model import FusedSSD
@@ -135,6 +136,8 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
         torch.randn(images, 256, 38, 38, device=device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_() for _ in range(3)
     )
 
+    draws = torch.rand(images, 4).double() * 0.1 + 0.95, torch.rand(images, 4).argsort(1)
+
     def plain_norm():
         return torch.relu_(norm(x) + shortcut)
 
@@ -150,6 +153,7 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
 
     cases = {  # name: (this backend, eager, bytes)
         "prologue": (lambda: prologue(pictures, dtype), lambda: step.normalise(pictures).to(dtype), pictures.numel() * (1 + wide)),
+        "colour jitter": (lambda: jitter(pictures, *draws), lambda: plain_jitter(pictures, *draws), 3 * pictures.numel()),  # it reads twice
         "matcher": (lambda: match(*given, boxes), lambda: matcher.match(*given, boxes), images * count * 24),
         "loss, forward and backward": (
             lambda: backward(multibox_loss(predictions, targets), list(predictions)),

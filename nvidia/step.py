@@ -13,7 +13,7 @@ from base.errors import UserError
 from .prologue import prologue
 
 EAGER_STEPS = 3  # before the capture: cuDNN chooses its algorithms, Triton compiles, momentum comes into being
-LEAST_BOXES = 64  # boxes of an image that a step has room for; a batch with more makes a graph with twice the room
+LEAST_BOXES = 128  # boxes of an image that a step has room for, which is COCO's most; a batch with more makes a graph with twice the room
 
 
 def precision(device: torch.device) -> torch.dtype:
@@ -51,6 +51,7 @@ class GraphedStep(TrainStep):
 
     def __init__(self, **parts):
         super().__init__(**parts)
+        start_momentum(self.optimizer)
         self.rate = torch.zeros((), device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()  # images, boxes and labels that the graph reads
@@ -84,13 +85,13 @@ class GraphedStep(TrainStep):
         return self.result.clone()  # the next replay writes over it
 
     def on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, boxes and labels on the device; from the host's memory on a stream of their own, beside the step before."""
+        """Images, boxes and labels on the device; what is in the host's memory on a stream of its own, beside the step before."""
         given = batch.images, batch.boxes, batch.labels
-        if self.copies is None or batch.images.device.type == "cuda":
+        if self.copies is None:
             return tuple(t.to(self.device) for t in given)
         now = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.copies):
-            moved = tuple(t.pin_memory().to(self.device, non_blocking=True) for t in given)
+            moved = tuple(t if t.is_cuda else t.pin_memory().to(self.device, non_blocking=True) for t in given)
         now.wait_stream(self.copies)
         for tensor in moved:
             tensor.record_stream(now)
@@ -121,6 +122,18 @@ class GraphedStep(TrainStep):
 
     def normalise(self, images: Tensor) -> Tensor:
         return prologue(images, self.dtype)
+
+
+def start_momentum(optimizer: torch.optim.Optimizer | None) -> None:
+    """Gives SGD its momentum, 0, before its first step; later it is what it would have been.
+
+    Without it the fused kernel makes room in the first step, and leaves it as it is if the loss scale was too large: what happened to
+    be in memory would then be taken for momentum.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def build_optimizer(parameters, *, momentum: float, weight_decay: float) -> torch.optim.SGD:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from base.contracts import Batch, Loss, Matcher, Predictions
+from base.errors import UserError
 
 from .all_reduce import Average
 
@@ -94,9 +95,12 @@ class TrainStep:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError if the state is of a step with a loss scale and this one has none, or the other way round."""
+        """Raises UserError if the state is of a step with a loss scale and this one has none, or the other way round."""
         if bool(state) != self.scaler.is_enabled():
             has, this = ("a", "none") if state else ("no", "one")
-            raise ValueError(f"the checkpoint has {has} loss scale, and a step in {self.dtype} needs {this}")
+            raise UserError(
+                f"the checkpoint has {has} loss scale, and a step in {str(self.dtype).removeprefix('torch.')} on {self.device} has {this}: "
+                "go on with the backend and on the kind of device that it was written with"
+            )
         if state:
             self.scaler.load_state_dict(state)

@@ -15,6 +15,7 @@ from base.backends.reference.matcher import match as plain
 from base.backend import load_backend
 from base.boxes import default_boxes
 from base.contracts import Batch, Predictions
+from base.errors import UserError
 from tests.conftest import ROOT, losses
 
 SMALL = default_boxes((300, 300), ((6, 6), (4, 4), (3, 3), (2, 2), (1, 1), (1, 1)))
@@ -68,7 +69,7 @@ def test_float16_goes_where_float32_goes_and_its_loss_scale_is_kept():
     assert values == pytest.approx([values[0]] * len(values), rel=0.03) and torch.cosine_similarity(*directions, dim=0) > 0.9
     plain_step, half = steps
     assert plain_step.state_dict() == {} and half.state_dict()["scale"] > 1
-    with pytest.raises(ValueError, match="loss scale"):
+    with pytest.raises(UserError, match="loss scale"):
         plain_step.load_state_dict(half.state_dict())
 
 
