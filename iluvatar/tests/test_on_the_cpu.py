@@ -75,7 +75,7 @@ def test_float16_goes_where_float32_goes_and_its_loss_scale_is_kept():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_one_line_says_what_is_missing_and_what_runs_here(train):
-    done = train("--name", "iluvatar", "--max_steps", "1")
+    done = train("--name", "iluvatar", "--device", "auto", "--max_steps", "1")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "error: backend iluvatar needs a cuda device and this machine has none; --name cpu runs here, "
