@@ -137,7 +137,7 @@ def test_sigkill_between_an_epochs_end_and_its_evaluation(train, tmp_path, undis
     wait_for(checkpoint.step_path(tmp_path / "run", second).exists, process, pause=0.001)
     os.kill(rank_pids(process.pid)[0], signal.SIGKILL)
     process.communicate(timeout=120)
-    assert '"evaluation"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert '"kind": "evaluation"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
     done = train("--resume", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert f"{second} steps done" in done.stdout

@@ -90,7 +90,7 @@ def test_two_ranks_train_and_evaluate_as_one(train, tmp_path, demo_data):
     assert done.returncode == 0, done.stderr
     assert "2 × cpu" in done.stdout and done.stdout.count("run folder") == 1
     run = tmp_path / "run"
-    evaluation = next(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"evaluation"' in line)
+    evaluation = next(json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if '"kind": "evaluation"' in line)
     assert figures_of(run) == {name: f"{evaluation[name]:.4f}" for name in FIGURES}
     # the two ranks' batches make the same global batch as one rank's: the first loss differs by batch statistics only
     assert train(*SHORT, run="one").returncode == 0
