@@ -8,7 +8,7 @@ import torch
 from base import checkpoint
 from base.backend import load_backend
 from base.errors import UserError
-from tests.conftest import losses, start_training
+from tests.conftest import Started, losses, start_training
 
 SHORT = ["--max_steps", "2", "--target", "null", "--log_every", "1"]
 OTHER = ["--image_size", "128", "160", "--strides", "1", "1", "2", "1", "1", "1"]
@@ -78,6 +78,19 @@ def test_stages_are_one_run(train, tmp_path):
     done = train("--stages", "{epochs: 1}", "{epoch: 2}", run="wrong")
     assert done.returncode == 2 and "stage 2 of --stages: unknown key 'epoch'; did you mean 'epochs'?" in done.stderr
     assert not (tmp_path / "wrong").exists()
+
+
+def test_the_large_image_recipe_as_published(demo_data, tmp_path):
+    """300 → 700 → 1200; flags win over its stages, so it runs on fewer devices too."""
+    flags = ["--name", "reference", "--config", "large_image", "--data_dir", str(demo_data), "--dry-run"]
+    done = Started(tmp_path, [*flags, "--devices", "1"]).wait_done()
+    assert done.returncode == 0, done.stderr
+    for size in ("300×300, global batch 32", "700×700, global batch 32", "1200×1200, global batch 32"):
+        assert size in done.stdout
+    assert "strides: [3, 3, 2, 2, 2, 2]" in done.stdout
+    if not torch.accelerator.is_available():
+        whole = Started(tmp_path, flags).wait_done()
+        assert whole.returncode == 2 and "wants 4 devices a node" in whole.stderr  # said before the first stage begins
 
 
 def test_devices_that_are_not_named_once_each():

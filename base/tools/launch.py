@@ -153,15 +153,19 @@ def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path
 def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
     """The stages of a run one after the other, each in a folder of its own within ``folder``; those that are done are left as they are.
 
-    All are checked before the first begins. Each ends at its own ``epochs`` or ``target``.
+    All are checked before the first begins. Each ends at its own ``epochs``, ``max_steps`` or ``target``. Flags win over a file's stages.
     """
+    common, source = resolved.config.model_dump(mode="json"), resolved.sources["stages"]
+    flagged = [] if source.startswith("--") else [key for key, where in resolved.sources.items() if where.startswith("--")]
     runs = []
     for number, stage in enumerate(resolved.config.stages, 1):
-        values = {**resolved.config.model_dump(mode="json"), "stages": [], **stage}
-        sources = {**resolved.sources, **dict.fromkeys(stage, f"stage {number} of {resolved.sources['stages']}")}
+        own = {key: value for key, value in stage.items() if key not in flagged}
+        sources = {**resolved.sources, **dict.fromkeys(own, f"stage {number} of {source}")}
+        config = validate({**common, "stages": [], **own}, sources)
+        check_backend(name, Resolved(config, sources))
         if number > 1:
-            values |= {"checkpoint": str(folder / f"stage-{number - 1}"), "backbone_path": None}
-        runs.append((Resolved(validate(values, sources), sources), folder / f"stage-{number}"))
+            config = config.model_copy(update={"checkpoint": str(folder / f"stage-{number - 1}"), "backbone_path": None})
+        runs.append((Resolved(config, sources), folder / f"stage-{number}"))
     if not flags.dry_run and not (folder / "config.yaml").exists():
         from base.records import config_text
 
