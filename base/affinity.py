@@ -9,19 +9,19 @@ import torch
 PCI_DEVICES, CPUS = Path("/sys/bus/pci/devices"), Path("/sys/devices/system/cpu")
 
 
-def bind(device: torch.device, devices: int) -> str:
-    """Binds this process, and what it starts from now on, to its share of the cores beside ``device``, one of ``devices`` here
+def bind(device: torch.device, devices: Sequence[int]) -> str:
+    """Binds this process, and what it starts from now on, to its share of the cores beside ``device``, one of the ``devices`` here
     that each have a rank. Returns what was done, or why nothing was."""
     allowed = os.sched_getaffinity(0)
     try:
-        addresses = [pci_address(torch.device(device.type, index)) for index in range(devices)]
-        mine = share([cores_beside(address) & allowed for address in addresses], device.index)
+        addresses = [pci_address(torch.device(device.type, index)) for index in devices]
+        mine = share([cores_beside(address) & allowed for address in addresses], devices.index(device.index))
     except (AttributeError, OSError, ValueError) as error:
         return f"not bound to cores, as it is unknown which lie beside {device}: {error}"
     if not mine:
-        return f"not bound to cores: too few that this process may use lie beside {addresses[device.index]}"
+        return f"not bound to cores: too few that this process may use lie beside {pci_address(device)}"
     os.sched_setaffinity(0, mine)
-    return f"bound to {len(mine)} cores beside {addresses[device.index]}: {' '.join(map(str, sorted(mine)))}"
+    return f"bound to {len(mine)} cores beside {pci_address(device)}: {' '.join(map(str, sorted(mine)))}"
 
 
 def pci_address(device: torch.device) -> str:

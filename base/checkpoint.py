@@ -167,6 +167,39 @@ def read_weights(path: Path) -> tuple[dict, dict | None]:
     return from_mlperf(state), None
 
 
+def found_in(path: str | Path) -> Path:
+    """A checkpoint's file: itself, or of a run's folder (or its folder checkpoints/) the best, else the latest. Raises UserError."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    run = path.parent if path.name == "checkpoints" else path
+    best = run / "checkpoints" / "best.pt"
+    if found := [best] * best.is_file() or listed(run):
+        return found[0]
+    raise UserError(f"{path} has no checkpoint in it")
+
+
+def carry_over(model: torch.nn.Module, path: Path, categories: dict) -> list[str]:
+    """Begins a model with a checkpoint's weights, whatever its image size and strides: → the weights that could not be taken.
+
+    Class heads are taken only if the classes are the same (``categories``: ids and names; of the MLPerf reference only their number is
+    known). Raises UserError if the backbone is another.
+    """
+    state, content = read_weights(path)
+    wanted = model.state_dict()
+    other_classes = content is not None and content["categories"] != categories
+    fits = {
+        name: state[name]
+        for name, tensor in wanted.items()
+        if isinstance(state.get(name), torch.Tensor) and state[name].shape == tensor.shape and not (other_classes and name.startswith("class_heads."))
+    }
+    left = [name for name in wanted if name not in fits]
+    if strange := [name for name in left if name.startswith("backbone.")]:
+        raise UserError(f"{path} has another backbone: it lacks {strange[0]} {tuple(wanted[strange[0]].shape)}; is --backbone right?")
+    model.load_state_dict({**wanted, **fits})
+    return left
+
+
 def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
     """A state dict into a model. Raises UserError naming the first difference."""
     wanted = model.state_dict()

@@ -42,6 +42,7 @@ class Config(BaseModel):
     # Where it runs
     nodes: Count = 1  # machines
     devices: Count = 1  # devices, and so processes, on each machine
+    device_ids: tuple[NotNegative, ...] = ()  # which devices of a machine its ranks take; none: the first ones
     device: Name = "auto"  # torch device type; auto: what the backend asks for, by default the accelerator if there is one
     use: dict[str, str] = {}  # components from another backend, such as loader=reference
     timeout: Count = 1800  # seconds that ranks wait for each other before the run fails
@@ -53,6 +54,7 @@ class Config(BaseModel):
     # Model
     backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet34"  # a ResNet of torchvision
     backbone_path: str | None = None  # torchvision weights of the backbone; null: random initial weights
+    checkpoint: str | None = None  # weights to begin with, of any image size, strides or classes: a file, or a run's folder
     image_size: tuple[Count, Count] = (300, 300)  # pixels: height, width
     strides: tuple[Count, Count, Count, Count, Count, Count] = (1, 1, 2, 2, 2, 1)  # of offset heads, class heads and four blocks
 
@@ -82,6 +84,8 @@ class Config(BaseModel):
     momentum: Share = 0.9  # of SGD
     weight_decay: Rate = 5e-4  # of SGD, on all parameters
 
+    stages: tuple[dict[str, Any], ...] = ()  # one training after the other: what differs in each; it begins with the weights before
+
     # Evaluation
     target: Share | None = 0.23  # AP at which training ends; null: train all epochs
     eval_every: NotNegative = 5  # evaluate after every so many epochs; 0: only after eval_epochs and the last
@@ -110,6 +114,10 @@ class Config(BaseModel):
             problems.append(
                 f"batch_size {self.batch_size} cannot be divided into gradient_accumulation {self.gradient_accumulation} equal parts"
             )
+        if self.checkpoint and self.backbone_path:
+            problems.append(f"checkpoint {self.checkpoint!r} has a backbone's weights; set backbone_path {self.backbone_path!r} to null")
+        if self.device_ids and (len(set(self.device_ids)) != self.devices or len(self.device_ids) != self.devices):
+            problems.append(f"device_ids {list(self.device_ids)} must name as many different devices as devices says, {self.devices}")
         if self.norm_ranks and self.world_size % self.norm_ranks:
             problems.append(f"norm_ranks {self.norm_ranks} must divide the {self.world_size} ranks of nodes {self.nodes} × devices {self.devices}")
         for key in ("decay_epochs", "eval_epochs"):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -97,13 +98,13 @@ def check_cards(backend, names: list[str]) -> None:
         raise UserError(f"{what}; --list shows the other backends")
 
 
-def join(wanted_device: str, wanted_group: str, timeout: int) -> Ranks:
-    """Joins the process groups that torchrun's environment describes; ``timeout`` in seconds."""
+def join(wanted_device: str, wanted_group: str, timeout: int, device_ids: Sequence[int] = ()) -> Ranks:
+    """Joins the process groups that torchrun's environment describes; ``timeout`` in seconds. ``device_ids``: of this machine's ranks."""
     rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     kind = device_type(wanted_device)
-    device = torch.device(kind) if kind == "cpu" else torch.device(kind, local)
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, device_ids[local] if device_ids else local)
     if kind != "cpu":
-        torch.get_device_module(kind).set_device(local)
+        torch.get_device_module(kind).set_device(device)
     if world_size == 1:
         return Ranks(rank, world_size, device, local_rank=local)
     group = wanted_group if wanted_group != "auto" else dist.get_default_backend_for_device(device)

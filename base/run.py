@@ -88,7 +88,7 @@ def set_up(
     if ranks.is_first and not resume:
         write_start(folder, Resolved(config, sources), name, backend.suppliers, ranks.device)
     if config.bind_cores and ranks.device.type != "cpu":
-        for rank, what in enumerate(ranks.gathered(bind(ranks.device, int(os.environ["LOCAL_WORLD_SIZE"])))):
+        for rank, what in enumerate(ranks.gathered(bind(ranks.device, config.device_ids or range(config.devices)))):
             records.log(f"rank {rank}: {what}")
     index = AnnotationIndex.open(config.path("train_annotations"), records.log)
     categories = {"ids": index.category_ids.tolist(), "names": list(index.category_names)}
@@ -101,6 +101,11 @@ def set_up(
     )
     if found:
         checkpoint.load_model(model, found[1], found[0], config)
+    elif config.checkpoint:
+        path = checkpoint.found_in(config.checkpoint)
+        left = checkpoint.carry_over(model, path, categories)
+        taken = f"begins with the weights of {path}, its optimizer and step afresh"
+        records.log(f"{taken}; random: {' '.join(left)}" if left else f"{taken}; all of them")
     elif config.backbone_path:
         load_backbone(model, config.backbone_path)
     model.to(ranks.device)

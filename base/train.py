@@ -261,7 +261,7 @@ def main(arguments: list[str]) -> int:
     try:
         backend = load_backend(given["backend"], config.use)
         wanted = config.device if config.device != "auto" else backend.device
-        ranks = distributed.join(wanted, backend.distributed, config.timeout)
+        ranks = distributed.join(wanted, backend.distributed, config.timeout, config.device_ids)
         code = run(config, given["sources"], given["backend"], Path(given["folder"]), given["resume"], ranks, stopped)
     except UserError as error:
         if ranks is None or ranks.is_first or not isinstance(error, AgreedError):

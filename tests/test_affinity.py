@@ -31,21 +31,21 @@ def two_sockets(tmp_path, monkeypatch):
 
 
 def test_ranks_share_the_cores_beside_their_devices(two_sockets):
-    said = [affinity.bind(torch.device("cuda", index), 4) for index in range(4)]
+    said = [affinity.bind(torch.device("cuda", index), range(4)) for index in range(4)]
     assert two_sockets == [{0, 1, 8, 9}, {2, 3, 10, 11}, {4, 5, 12, 13}, {6, 7, 14, 15}]
     assert said[3] == "bound to 4 cores beside 0000:3d:00.0: 6 7 14 15"
 
 
 def test_cores_that_a_process_may_not_use_are_left_alone(two_sockets, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 8, 9, 4})
-    said = [affinity.bind(torch.device("cuda", index), 4) for index in range(4)]
+    said = [affinity.bind(torch.device("cuda", index), range(4)) for index in range(4)]
     assert two_sockets == [{0}, {8}]
     assert all("too few" in line for line in said[2:])
 
 
 def test_a_machine_that_does_not_say_is_left_alone(two_sockets, tmp_path):
     (tmp_path / "pci/0000:3b:00.0/local_cpulist").unlink()
-    assert "0000:3b:00.0" in affinity.bind(torch.device("cuda", 0), 2) and not two_sockets
+    assert "0000:3b:00.0" in affinity.bind(torch.device("cuda", 0), range(2)) and not two_sockets
 
 
 @pytest.mark.parametrize(("text", "cores"), [("0-3,8\n", {0, 1, 2, 3, 8}), ("5", {5}), ("", set())])

@@ -51,6 +51,8 @@ def parser(command: str = "bash run_training.sh") -> argparse.ArgumentParser:
     result.add_argument("--config", default=None, help=f"configuration of the backend (default {DEFAULT_CONFIG})")
     result.add_argument("--resume", metavar="RUN", default=None, help="go on with the run in this folder")
     result.add_argument("--run_name", default=None, help="name of the run's folder (default: time, backend, configuration)")
+    result.add_argument("--save_path", metavar="RUN", default=None, help="the run's folder: --runs_dir and --run_name in one")
+    result.add_argument("--sync_bn", action="store_true", help="batch norm over all ranks: --norm_ranks 0")
     result.add_argument("--list", action="store_true", help="show backends and configurations")
     result.add_argument("--dry_run", action="store_true", help="show what would run, and end")
     result.add_argument("--node_rank", type=int, default=None, help="which node this is, with more than one")
@@ -84,6 +86,10 @@ def parse(arguments: list[str], command: str = "bash run_training.sh") -> tuple[
         close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=2, cutoff=0.5)
         raise UserError(f"unknown argument {unknown[0]!r}" + (f"; did you mean {' or '.join(close)}?" if close else "; --help lists the flags"))
     overrides = {key: flag_value(key, getattr(flags, key)) for key in Config.model_fields if hasattr(flags, key)}
+    if flags.sync_bn:
+        overrides["norm_ranks"] = 0
+    if flags.save_path:
+        overrides["runs_dir"], flags.run_name = str(Path(flags.save_path).parent), Path(flags.save_path).name
     return flags, overrides
 
 
@@ -118,6 +124,13 @@ def main(arguments: list[str]) -> int:
         folder = Path(resolved.config.runs_dir).absolute() / label
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"run folder {folder} exists already; go on with it by --resume {folder}, or choose another --run_name")
+    if resolved.config.stages:
+        return train_stages(flags, name, resolved, folder)
+    return start(flags, name, resolved, folder)
+
+
+def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
+    """Checks one run and trains it."""
     command = torchrun_arguments(flags, resolved, name, folder)
     draws = resolved.config.data_dir == str(DEMO_DATA) and not DEMO_DATA.exists()
     if not draws:
@@ -137,9 +150,56 @@ def main(arguments: list[str]) -> int:
     return torchrun(command, resolved.config, folder)
 
 
+def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
+    """The stages of a run one after the other, each in a folder of its own within ``folder``; those that are done are left as they are.
+
+    All are checked before the first begins. Each ends at its own ``epochs``, ``max_steps`` or ``target``. Flags win over a file's stages.
+    """
+    common, source = resolved.config.model_dump(mode="json"), resolved.sources["stages"]
+    flagged = [] if source.startswith("--") else [key for key, where in resolved.sources.items() if where.startswith("--")]
+    runs = []
+    for number, stage in enumerate(resolved.config.stages, 1):
+        own = {key: value for key, value in stage.items() if key not in flagged}
+        sources = {**resolved.sources, **dict.fromkeys(own, f"stage {number} of {source}")}
+        config = validate({**common, "stages": [], **own}, sources)
+        check_backend(name, Resolved(config, sources))
+        if number > 1:
+            config = config.model_copy(update={"checkpoint": str(folder / f"stage-{number - 1}"), "backbone_path": None})
+        runs.append((Resolved(config, sources), folder / f"stage-{number}"))
+    if not flags.dry_run and not (folder / "config.yaml").exists():
+        from base.records import config_text
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config_text(resolved, name), encoding="utf-8")
+        (folder / "environment.json").write_text(json.dumps({"backend": name}) + "\n", encoding="utf-8")
+    for number, (stage, place) in enumerate(runs, 1):
+        height, width = stage.config.image_size
+        print(f"\nstage {number} of {len(runs)}: {height}×{width}, {stage.config.epochs} epochs", flush=True)
+        if flags.dry_run and stage.config.checkpoint and number > 1:
+            stage = Resolved(stage.config.model_copy(update={"checkpoint": None}), stage.sources)  # it is not there yet
+        elif finished(place):
+            print(f"{place} is done", flush=True)
+            continue
+        flags.resume = str(place) if place.exists() else None
+        if code := start(flags, name, stage, place):
+            return code
+    return 0
+
+
+def finished(run: Path) -> bool:
+    """Whether a run came to its end."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    return bool(lines) and '"kind": "end"' in lines[-1]
+
+
 def fresh(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, Resolved]:
     """Backend and configuration of a new run; the demo has its own data if none is named."""
     name, config_name = flags.name or DEFAULT_BACKEND, flags.config or DEFAULT_CONFIG
+    if isinstance(ids := overrides.get("device_ids"), list):
+        overrides = {"devices": len(ids), **overrides}
     resolved = resolve(backend_folder(name), config_name, overrides)
     if resolved.config.data_dir is None and config_name == DEFAULT_CONFIG:
         config = resolved.config.model_copy(update={"data_dir": str(DEMO_DATA)})
@@ -194,6 +254,7 @@ def check_data(config: Config) -> None:
 def check_backend(name: str, resolved: Resolved):
     """Loads the backend, counts devices, builds the model and reads the backbone file into it: all that can fail early."""
     from base.backend import load_backend
+    from base.checkpoint import carry_over, found_in
     from base.distributed import check_cards, device_names, device_type, devices_here
     from base.weights import load_backbone
 
@@ -217,9 +278,13 @@ def check_backend(name: str, resolved: Resolved):
             "choose a configuration that fits (--list), pass --nproc N, or --device cpu --nproc N for N processes on the CPU"
         )
     check_cards(backend, device_names(kind)[: config.devices])
+    if here is not None and max(config.device_ids, default=0) >= here:
+        raise UserError(f"device_ids {list(config.device_ids)}: this machine has {here} {kind} devices, 0…{here - 1}")
     model = backend.model(num_classes=2, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
     if config.backbone_path:
         load_backbone(model, config.backbone_path)
+    if config.checkpoint:
+        carry_over(model, found_in(config.checkpoint), {})
     return backend
 
 
