@@ -107,6 +107,12 @@ def _record(name: str, children: tuple[str, ...]) -> Backend:
     kinds = {"device": str, "distributed": str, "extends": str | None, "cards": str | None}
     if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(own, key), kind)]:
         raise UserError(f"{_line_at(folder, wrong[0])}: {wrong[0]}={getattr(own, wrong[0])!r} must be a name, in quotes")
+    if own.telemetry is not None and not callable(own.telemetry):
+        raise UserError(f"{_line_at(folder, 'telemetry')}: telemetry={own.telemetry!r} cannot be called; state what makes a sensor")
+    try:
+        re.compile(own.cards or "")
+    except re.error as error:
+        raise UserError(f"{_line_at(folder, 'cards')}: cards={own.cards!r} is no regular expression: {error}") from error
     if not isinstance(own.dtypes, tuple) or not own.dtypes or not set(own.dtypes) <= set(DTYPES):
         raise UserError(f"{_line_at(folder, 'dtypes')}: dtypes={own.dtypes!r} must be a tuple of some of {', '.join(DTYPES)}")
     mine = {slot: getattr(own, slot) for slot in SLOTS if getattr(own, slot) is not None}

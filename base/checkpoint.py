@@ -29,8 +29,8 @@ class Progress:
     evaluations: list[dict] = field(default_factory=list)  # {"epoch": …, "AP": …, …}
     memory_bytes: int = 0  # the most that a device had in use
     joules: float = 0.0  # that all devices drew in training
-    joules_seconds: float = 0.0  # of training, in which that was known
-    unmeasured: str = ""  # why it is not known any more
+    joules_seconds: float = 0.0  # of training in which that was known, mean over devices
+    unmeasured: str = ""  # why it was not known all the time; the first reason
     record_bytes: dict[str, int] = field(default_factory=dict)  # length of each record file at this point
 
     @property

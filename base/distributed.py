@@ -60,10 +60,6 @@ class Ranks:
         rows = [list(range(first, first + count)) for first in range(0, self.world_size, count)]
         return [dist.new_group(row, timeout=self.timeout) for row in rows][self.rank // count]
 
-    def barrier(self) -> None:
-        """Waits until every rank is here."""
-        self.sums([0.0])
-
 
 def device_type(wanted: str) -> str:
     """``auto`` → the machine's accelerator, or cpu; anything else as it stands."""

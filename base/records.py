@@ -142,7 +142,10 @@ def summary(config: Config, progress, images: int, folder: Path, reached: bool, 
     ap = f"{best['AP']:.4f} after epoch {best['epoch']}" if best else "not measured"
     target = "no target" if config.target is None else f"target {config.target} {'reached' if reached else 'not reached'}"
     trained = progress.step * config.global_batch
-    energy = f"not measured ({progress.unmeasured or missing or 'power was known for too little of the training'})"
+    why = progress.unmeasured or missing
+    most = drawn["memory_bytes"]
+    memory = f"{most / 2**30:.2f} GiB at most, of one rank" if most else f"not measured ({why or 'no sensor told it'})"
+    energy = f"not measured ({why or 'power was known for too little of the training'})"
     if drawn["joules"]:
         energy = f"{drawn['joules']:,.0f} J in training ({drawn['power_watts']:.1f} W), {drawn['images_per_joule']:.3g} images/J"
     rows = [
@@ -152,7 +155,7 @@ def summary(config: Config, progress, images: int, folder: Path, reached: bool, 
             f"{_rate(trained, progress.train_seconds)} training, {_rate(trained, progress.seconds)} with evaluation and checkpoints",
         ),
         ("time", f"{clock(progress.seconds)} for {progress.step} steps, {trained:,} images ({trained / images:.1f} epochs)"),
-        ("memory", f"{drawn['memory_bytes'] / 2**30:.2f} GiB at most, of one rank" if drawn["memory_bytes"] else f"not measured ({missing})"),
+        ("memory", memory),
         ("energy", energy),
         ("backend", f"{backend}, {config.world_size} × {config.device}"),
         ("run folder", str(folder)),

@@ -62,7 +62,7 @@ class Run:
     skipped: set[str] = field(default_factory=set)  # images that could not be read and have been listed
     evaluating: tuple[int, int, float] | None = None  # (epoch, step, start) of the evaluation in the background, on every rank
     evaluation: Background | None = None  # and its process, on the first
-    launched: deque = field(default_factory=deque)  # steps whose loss has not been read yet: (step, rate, image ids, loss)
+    launched: deque = field(default_factory=deque)  # steps whose loss has not been read yet: (step, rate, image ids, loss, seconds waited)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,4 +1,4 @@
-"""What devices draw, read in the background and summed up by phase of the run; no fault of a sensor ends it."""
+"""What devices draw, read in the background and summed up by phase of the run; no fault of a sensor ends a run that has begun."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-LEAST_COVERED = 0.9  # of the training time: with power known for less of it, no energy is stated
+LEAST_COVERED = 0.9  # of devices × training time: the rest is taken to be like it; with less known, no energy is stated
 
 
 class Reading(NamedTuple):
@@ -22,27 +22,29 @@ class Reading(NamedTuple):
 
 
 class Sensor(Protocol):
-    """Reads one device, in a thread of its own, where it is opened too; ``read`` raises whatever it likes if it cannot."""
+    """Reads one device. It is made and read in a thread of its own, and both raise what they like if they cannot: then a new one is tried."""
 
-    missing: str  # after the first reading: why power is not known and what would help; "" if it is, or another rank's sensor tells it
+    missing: str  # after a reading: why it has no power and what would help; "" if it has, or another rank's sensor tells it
 
     def read(self) -> Reading: ...
 
 
-MakeSensor = Callable[[torch.device, int], Sensor]  # of a rank's device and local rank; UserError: a package is missing
+# Of a rank's device and local rank. It is also called once before a run, which a UserError (a package is missing) keeps from starting.
+MakeSensor = Callable[[torch.device, int], Sensor]
 
 
 class Sampler:
     """Reads a rank's device every ``seconds`` from a thread; 0, or a backend without a sensor: never."""
 
     def __init__(self, make: MakeSensor | None, seconds: float, device: torch.device, local_rank: int):
-        self.sensor, self.seconds = make(device, local_rank) if make and seconds else None, seconds
-        self.missing = "" if self.sensor else "telemetry_seconds is 0" if make else "the backend has no sensor"
+        self.make, self.seconds, self.device, self.local_rank = make if seconds else None, seconds, device, local_rank
+        self.missing = "" if self.make else "telemetry_seconds is 0" if make else "the backend has no sensor"  # the first reason
+        self.tells = True  # whether its power is one of those that make up the run's, as far as is known
         self.lock, self.stopping, self.thread = threading.Lock(), threading.Event(), threading.Thread(target=self._run, daemon=True)
         self.phase, self.since, self.last = "set-up", time.monotonic(), Reading()
         self.spent: Counter[str] = Counter()  # phase → seconds since the last reading
         self.sums: dict[str, Counter[str]] = {}  # phase → what `record` has not fetched yet: value · seconds, and seconds
-        if self.sensor:
+        if self.make:
             self.thread.start()
 
     def switch(self, phase: str) -> str:
@@ -52,22 +54,29 @@ class Sampler:
             before, self.phase = self.phase, phase
         return before
 
-    def close(self) -> None:
-        """Ends the thread; a reading that hangs is left behind."""
+    def close(self, patience: float = 10) -> None:
+        """Ends the thread; a reading that hangs for longer than ``patience`` seconds is left behind."""
         self.stopping.set()
         if self.thread.is_alive():
-            self.thread.join(10)
+            self.thread.join(patience)
 
     def _run(self) -> None:
-        try:
-            while not self.stopping.is_set():
-                reading = self.sensor.read()
-                self.missing = self.sensor.missing
+        sensor = None
+        while not self.stopping.is_set():
+            try:
+                sensor = sensor or self.make(self.device, self.local_rank)
+                reading, missing = sensor.read(), sensor.missing
                 with self.lock:
                     self._add(reading)
-                self.stopping.wait(self.seconds)
-        except Exception as error:  # noqa: BLE001 (a vendor's library may raise anything)
-            self.missing = f"its sensor does not work: {error or type(error).__name__}"
+                    self.tells = bool(missing) or (reading.power_watts, reading.joules) != (None, None)
+            except Exception as error:  # noqa: BLE001 (a vendor's library may raise anything)
+                sensor, missing = None, f"its sensor does not work: {error or type(error).__name__}"
+                with self.lock:  # what was drawn since the last reading is not known
+                    self._spend()
+                    self.spent.clear()
+                    self.last = Reading()
+            self.missing = self.missing or missing
+            self.stopping.wait(self.seconds)
 
     def _spend(self) -> None:
         now = time.monotonic()
@@ -96,25 +105,25 @@ def record(sampler: Sampler, ranks, records, progress) -> None:
 
     Power and joules are those of all devices together, utilisation and clock means over them, memory the most that one had in use.
     """
-    if sampler.sensor is None:
+    if sampler.make is None:
         return
     with sampler.lock:
-        own, sampler.sums = sampler.sums, {}
-    gathered = ranks.gathered((own, sampler.missing))
-    missing = next((f"rank {rank}: {why}" for rank, (_, why) in enumerate(gathered) if why), "")
-    if missing and missing != progress.unmeasured:
-        records.log(f"power is not known; {missing}")
-    progress.unmeasured = missing
-    for phase in dict.fromkeys(phase for sums, _ in gathered for phase in sums):
-        each = [sums[phase] for sums, _ in gathered if phase in sums]
+        own, sampler.sums = (sampler.sums, sampler.missing, sampler.tells), {}
+    gathered = ranks.gathered(own)
+    missing = next((f"rank {rank}: {why}" for rank, (_, why, _) in enumerate(gathered) if why), "")
+    if missing and not progress.unmeasured:
+        records.log(f"power is not always known; {missing}")
+    progress.unmeasured = progress.unmeasured or missing
+    for phase in dict.fromkeys(phase for sums, *_ in gathered for phase in sums):
+        each = [sums[phase] for sums, *_ in gathered if phase in sums]
         total, memory, known = sum(each, Counter()), max(sums["memory_bytes"] for sums in each), sum("watts" in sums for sums in each)
         mean = {name: total[name] / (total["s " + name] or 1) if any(name in sums for sums in each) else None for name in ("utilisation", "clock_hz")}
-        watts, seconds = known * total["watts"] / (total["s watts"] or 1), max(sums["s watts"] for sums in each)
-        power = {"power_watts": watts, "joules": total["watts"]} if known else {}
+        power = {"power_watts": known * total["watts"] / total["s watts"], "joules": total["watts"]} if known else {}
         records.metric("telemetry", phase=phase, step=progress.step, memory_bytes=memory, **power, **mean)
         progress.memory_bytes = max(progress.memory_bytes, memory)
-        if phase == "training" and known and not missing:
-            progress.joules, progress.joules_seconds = progress.joules + watts * seconds, progress.joules_seconds + seconds
+        if phase == "training" and known:
+            progress.joules += total["watts"]
+            progress.joules_seconds += total["s watts"] / max(known, sum(tells for *_, tells in gathered))
 
 
 def whole_run(progress, images: int) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""Iluvatar CoreX GPUs (BI-V100, BI-V150): fp16 with loss scaling, channels-last memory; what would wait for the device done without."""
+"""Iluvatar CoreX GPUs (BI-V100, BI-V150): fp16 with loss scaling, channels-last memory, matching and decoding that do not wait for each image."""
 
 from base.backends.cpu.evaluator import CocoEvaluator
 from base.backends.cpu.loader import eval_loader, train_loader

@@ -27,8 +27,8 @@ class IxsmiSensor:
         if not self.command:
             self._open()
         _, _, memory, busy, clock, *watts = self._row(*self.fields)
-        if watts == [None]:
-            self.missing = f"ixsmi shows no power of GPU {self.wanted}"
+        lacking = f"shows no power of GPU {self.wanted}" if watts else f"knows none of the fields {', '.join(POWER_FIELDS)}"
+        self.missing = f"ixsmi {lacking}" if watts in ([], [None]) else ""
         return Reading(
             memory_bytes=None if memory is None else int(memory * 2**20),
             power_watts=watts[0] if watts else None,
@@ -49,7 +49,6 @@ class IxsmiSensor:
                 continue
             self.fields = (*FIELDS, power)
             return
-        self.missing = f"ixsmi knows none of the fields {', '.join(POWER_FIELDS)}"
 
     def _row(self, *fields: str) -> list:
         """The GPU's values: index and UUID as text, then numbers, None for what is not told. Raises ValueError for another output."""

@@ -155,6 +155,9 @@ BROKEN = {
     "device_type": (OWN + "device=0)", "HERE/backend.py:2: device=0 must be a name, in quotes"),
     "distributed_type": (OWN + "\n distributed = ['gloo'])", "HERE/backend.py:3: distributed=['gloo'] must be a name, in quotes"),
     "extends_type": (OWN + "\n\n extends=7)", "HERE/backend.py:4: extends=7 must be a name, in quotes"),
+    "telemetry_type": (OWN + "\ntelemetry=7)", "HERE/backend.py:3: telemetry=7 cannot be called; state what makes a sensor"),
+    "cards_type": (OWN + "cards=['Acme'])", "HERE/backend.py:2: cards=['Acme'] must be a name, in quotes"),
+    "cards_pattern": (OWN + "\ncards='Acme (One')", "HERE/backend.py:3: cards='Acme (One' is no regular expression: missing ), unterminated"),
     "signature": (
         "def loss(predictions):\n    return 0\n" + OWN + "loss=loss)",
         "HERE/backend.py:1: component 'loss'(predictions) cannot be called as loss(predictions, targets), as base/contracts.py says: too many",

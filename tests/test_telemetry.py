@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from base.errors import UserError
 from base.records import Records, summary
 from base.telemetry import Reading, Sampler, record, whole_run
 from base.terminal import Display
+from base.tools.launch import check_sensor
 from tests.conftest import losses
 
 CPU = torch.device("cpu")
@@ -23,16 +25,20 @@ ALONE = Ranks(0, 1, CPU)
 
 
 class Recorded:
-    """A sensor that plays back what it is given, the last for ever; an exception is raised."""
+    """A sensor that plays back what it is given, the last for ever; an exception is raised. ``faults`` are raised first, one an opening."""
 
-    def __init__(self, *readings: Reading | Exception, missing: str = ""):
-        self.readings, self.missing, self.threads = list(readings), missing, set()
+    def __init__(self, *readings: Reading | Exception, faults: Sequence[Exception] = ()):
+        self.readings, self.faults, self.missing, self.threads, self.opened = list(readings), list(faults), "", [], 0
 
     def __call__(self, device: torch.device, local_rank: int) -> "Recorded":
+        self.threads.append(threading.current_thread())
+        self.opened += 1
+        if self.faults:
+            raise self.faults.pop(0)
         return self
 
     def read(self) -> Reading:
-        self.threads.add(threading.current_thread())
+        self.threads.append(threading.current_thread())
         now = self.readings.pop(0) if len(self.readings) > 1 else self.readings[0]
         if isinstance(now, Exception):
             raise now
@@ -120,7 +126,7 @@ def test_devices_are_summed_and_the_rest_is_their_mean(records):
     other = {"training": own.spent.__class__({"watts": 2000.0, "s watts": 10.0, "utilisation": 9.0, "s utilisation": 10.0, "memory_bytes": 9})}
     silent = {"training": own.spent.__class__({"memory_bytes": 1})}  # the second rank of a host, whose first tells the power
     progress = Progress(step=640, train_seconds=10.5)
-    record(own, Gathering((other, ""), (silent, "")), records, progress)
+    record(own, Gathering((other, "", True), (silent, "", False)), records, progress)
     (line,) = lines(records.folder)
     assert (line["power_watts"], line["joules"], line["memory_bytes"], line["step"]) == (300, 3000, 9, 640)
     assert (line["clock_hz"], line["utilisation"]) == (1e9, 0.9)
@@ -136,18 +142,48 @@ def test_without_a_whole_measure_no_energy_is_stated(records):
     assert found["joules"] is found["images_per_joule"] is None
     said = summary(Config(), progress, 100, Path("runs/x"), False, "acme", found, "")
     assert "energy  not measured (power was known for too little of the training)" in said
+    assert "memory  not measured (no sensor told it)" in said
     assert whole_run(Progress(), 0)["joules"] is None
+
+
+def test_a_rank_whose_power_is_not_known_counts_as_time_not_covered(records):
+    own = Sampler(Recorded(Reading()), 60, CPU, 0)
+    own.close()
+    for other in ({}, {"training": own.spent.__class__({"memory_bytes": 1})}):  # its reading hangs, or has no power
+        own.sums, own.tells = {"training": own.spent.__class__({"watts": 1000.0, "s watts": 10.0, "memory_bytes": 5})}, True
+        progress = Progress(train_seconds=10.0)
+        record(own, Gathering((other, "", True)), records, progress)
+        assert progress.joules_seconds == 5 and whole_run(progress, 1)["joules"] is None
 
 
 def test_a_sensor_that_stops_is_recorded_once_and_ends_nothing(records):
     watts = Reading(power_watts=5.0)
-    sampler, progress = finished(Recorded(watts, watts, OSError("the card fell out")), ("training", 0.3)), Progress()
+    sampler, progress = finished(Recorded(watts, watts, OSError("the card fell out")), ("training", 0.3)), Progress(train_seconds=0.3)
     for _ in range(3):
         record(sampler, ALONE, records, progress)
-    assert not sampler.thread.is_alive()
+        sampler.missing += " again"  # other words each time
+    assert not sampler.thread.is_alive() and sampler.make.opened > 2  # it was tried again
     told = (records.folder / "log.txt").read_text().splitlines()
-    assert len(told) == 1 and told[0].endswith("power is not known; rank 0: its sensor does not work: the card fell out")
-    assert progress.joules == 0 and "fell out" in summary(Config(), progress, 9, Path("x"), False, "acme", whole_run(progress, 1), sampler.missing)
+    assert len(told) == 1 and told[0].endswith("power is not always known; rank 0: its sensor does not work: the card fell out")
+    said = summary(Config(), progress, 9, Path("x"), False, "acme", whole_run(progress, 1), sampler.missing)
+    assert said.count("not measured (rank 0: its sensor does not work: the card fell out)") == 2  # memory and energy
+
+
+@pytest.mark.parametrize("fault", ["opening", "reading"])
+def test_energy_counts_again_when_a_sensor_works_again(records, fault):
+    watts, broken = Reading(power_watts=5.0), [TimeoutError("no answer")] * 3
+    sensor = Recorded(watts, faults=broken) if fault == "opening" else Recorded(*[watts] * 3, *broken, watts)
+    sampler, progress = finished(sensor, ("training", 0.6)), Progress()
+    record(sampler, ALONE, records, progress)
+    assert sensor.opened == 4 and progress.joules == pytest.approx(5 * progress.joules_seconds) and 0 < progress.joules_seconds < 0.6
+    assert sampler.missing == "its sensor does not work: no answer" and "no answer" in (records.folder / "log.txt").read_text()
+
+
+def test_a_gap_is_not_power():
+    sampler = Sampler(Recorded(Reading(joules=0.0), OSError("asleep"), Reading(joules=1e6)), 0.05, CPU, 0)
+    time.sleep(0.5)
+    sampler.close()
+    assert sampler.sums["set-up"]["watts"] == 0 < sampler.sums["set-up"]["s watts"]  # the counter rose while nobody looked
 
 
 def test_a_reading_that_hangs_does_not_hold_up_the_run():
@@ -166,17 +202,18 @@ def test_a_reading_that_hangs_does_not_hold_up_the_run():
     began = time.monotonic()
     sampler.switch("training")
     assert time.monotonic() - began < 5  # the lock is not held while a sensor reads
+    sampler.close(0.1)
+    assert sampler.thread.is_alive() and sampler.thread.daemon and not leave.is_set()  # left behind, and the interpreter does not wait for it
     leave.set()
-    sampler.close()
+    sampler.thread.join(10)
     assert not sampler.thread.is_alive()
 
 
-def test_a_package_that_is_missing_ends_a_run_before_it_starts():
-    def lacking(device, local_rank):
-        raise UserError("install it")
-
+def test_only_what_a_user_can_put_right_keeps_a_run_from_starting():
     with pytest.raises(UserError, match="install it"):
-        Sampler(lacking, 1.0, CPU, 0)
+        check_sensor(Recorded(Reading(), faults=[UserError("install it")]), "cpu")
+    check_sensor(broken := Recorded(Reading(), faults=[RuntimeError("driver asleep")]), "cpu")
+    assert broken.opened == 1
 
 
 def test_no_sensor_no_thread_and_the_reason(records):
@@ -189,10 +226,10 @@ def test_no_sensor_no_thread_and_the_reason(records):
     assert not lines(records.folder)
 
 
-def test_every_reading_is_made_in_the_thread():
+def test_opening_and_every_reading_are_in_the_thread():
     sensor = Recorded(Reading())
     sampler = finished(sensor, ("training", 0.1))
-    assert sensor.threads == {sampler.thread}
+    assert sensor.opened == 1 and len(sensor.threads) > 2 and set(sensor.threads) == {sampler.thread}
 
 
 def test_sensors_and_cards_come_from_the_backend_that_is_extended_if_the_device_is_the_same(tmp_path, monkeypatch):
@@ -229,6 +266,7 @@ BACKEND = """
 import os
 from pathlib import Path
 from base.backend import Backend
+from base.errors import UserError
 from base.telemetry import Reading
 
 class Sensor:
@@ -236,6 +274,9 @@ class Sensor:
 
     def __init__(self, device, local_rank):
         self.file, self.rank = Path(os.environ["METER"]), local_rank
+        if self.file.is_dir():
+            raise UserError("reading a meter needs the package meters: pip install meters")
+        self.file.open().close()
 
     def read(self):
         return Reading(memory_bytes=2**30 * (1 + self.rank), power_watts=float(self.file.read_text()), utilisation=0.5)
@@ -272,8 +313,18 @@ def test_a_run_goes_on_without_its_sensor_and_trains_the_same(train, tmp_path, m
     (tmp_path / "meter").unlink()
     done = train(*FLAGS, "--telemetry_seconds", "0.05", env=metered)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("power is not known") == 1 and "energy  not measured (rank 0: its sensor does not work" in done.stdout
+    assert done.stdout.count("power is not always known") == 1 and "energy  not measured (rank 0: its sensor does not work" in done.stdout
     assert losses(tmp_path / "run") == losses(tmp_path / "none")
+
+
+def test_a_package_that_is_missing_is_said_once_before_any_rank_starts(train, tmp_path, metered):
+    (tmp_path / "meter").unlink()
+    (tmp_path / "meter").mkdir()
+    done = train(*FLAGS, "--nproc", "2", "--batch_size", "4", env=metered)
+    assert (done.returncode, done.stderr) == (2, "error: reading a meter needs the package meters: pip install meters\n")
+    assert not (tmp_path / "run").exists()
+    done = train(*FLAGS, "--telemetry_seconds", "0", "--dry_run", env=metered)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_resumed_run_keeps_what_was_drawn_before(train, tmp_path, metered):

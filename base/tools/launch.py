@@ -280,12 +280,26 @@ def check_backend(name: str, resolved: Resolved):
     check_cards(backend, device_names(kind)[: config.devices])
     if here is not None and max(config.device_ids, default=0) >= here:
         raise UserError(f"device_ids {list(config.device_ids)}: this machine has {here} {kind} devices, 0…{here - 1}")
+    if config.telemetry_seconds and backend.telemetry:
+        check_sensor(backend.telemetry, kind)
     model = backend.model(num_classes=2, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
     if config.backbone_path:
         load_backbone(model, config.backbone_path)
     if config.checkpoint:
         carry_over(model, found_in(config.checkpoint), {})
     return backend
+
+
+def check_sensor(make, kind: str) -> None:
+    """Raises UserError if a sensor needs a package that is not installed. A run goes on without one that fails otherwise, and says so."""
+    from torch import device
+
+    try:
+        make(device(kind) if kind == "cpu" else device(kind, 0), 0)
+    except UserError:
+        raise
+    except Exception:  # noqa: BLE001 (the ranks' own will tell)
+        return
 
 
 def components(name: str, backend, resolved: Resolved) -> str:

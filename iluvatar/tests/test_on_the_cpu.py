@@ -10,6 +10,7 @@ import torch
 from base.backends.iluvatar.decoder import decode
 from base.backends.iluvatar.matcher import IMAGES, match
 from base.backends.iluvatar.step import HalfStep
+from base.backends.reference import decoder as reference
 from base.backends.reference.matcher import match as plain
 
 from base.backend import load_backend
@@ -33,9 +34,16 @@ def test_matching_more_images_than_are_taken_at_once():
 
 
 def test_decoding_of_float16():
+    """Where there is a GPU, of any make, the results come back to it."""
     torch.manual_seed(0)
     predictions = Predictions(torch.randn(2, len(SMALL), 4).half(), (torch.randn(2, len(SMALL), 5) * 3).half().requires_grad_())
-    assert all(len(image.scores) > 20 and image.scores.dtype is torch.float32 for image in decode(predictions, SMALL))
+    place = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    found = decode(Predictions(*(tensor.to(place) for tensor in predictions)), SMALL.to(place))
+    for image, want in zip(found, reference.decode(predictions, SMALL), strict=True):
+        assert len(want.scores) > 20 and torch.equal(image.labels.cpu(), want.labels)
+        assert {(column.device, column.dtype) for column in (image.boxes, image.scores)} == {(place, torch.float32)}
+        torch.testing.assert_close((image.boxes.cpu(), image.scores.cpu()), (want.boxes, want.scores.detach()), rtol=0, atol=1e-5)
+    assert decode(Predictions(*(tensor[:0].to(place) for tensor in predictions)), SMALL.to(place)) == []
 
 
 class OnTheCPU(HalfStep):
@@ -84,9 +92,12 @@ def test_one_line_says_what_is_missing_and_what_runs_here(train):
 
 
 def test_a_run_on_the_cpu(train, tmp_path):
-    done = train("--name", "iluvatar", "--device", "cpu", "--max_steps", "2", "--target", "null", "--log_every", "1")
-    assert done.returncode == 0, done.stderr
-    assert len(losses(tmp_path / "run")) == 2
+    flags = "--max_steps", "3", "--target", "null", "--log_every", "1"
+    for name in ("iluvatar", "reference"):
+        done = train("--name", name, "--device", "cpu", *flags, run=name)
+        assert done.returncode == 0, done.stderr
+    own, plain = (dict(losses(tmp_path / name)) for name in ("iluvatar", "reference"))
+    assert own == pytest.approx(plain, rel=0.01) and len(set(plain.values())) == 3  # other decoding of JPEGs, other orders of sums
 
 
 def passed(*arguments: str) -> int:

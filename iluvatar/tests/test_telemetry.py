@@ -78,6 +78,14 @@ def test_a_card_that_does_not_tell_its_power(ixsmi, power):
     assert sensor.read() == Reading(20480 << 20, None, None, 0.97, 1.5e9) and sensor.missing == "ixsmi shows no power of GPU 1"
 
 
+def test_a_card_that_tells_its_power_again(ixsmi):
+    ixsmi(ROWS | {"gpu.power.draw": ("N/A", "N/A")})
+    sensor = open_sensor(CUDA, 1)
+    assert sensor.read().power_watts is None and sensor.missing
+    ixsmi(ROWS)
+    assert sensor.read().power_watts == 187.5 and sensor.missing == ""
+
+
 def test_an_ixsmi_that_knows_no_power(ixsmi):
     ixsmi(without_power())
     sensor = open_sensor(CUDA, 1)
