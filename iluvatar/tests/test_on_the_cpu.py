@@ -101,11 +101,12 @@ def test_a_run_on_the_cpu(train, tmp_path):
 
 
 def passed(*arguments: str) -> int:
-    """Runs tests that every backend is put through on this one; → how many passed, of which none may be skipped."""
+    """Runs tests that every backend is put through on this one; → how many passed; skipped is only a precision that it does not claim."""
     environment = {**os.environ, "SSD_TEST_BACKENDS": "iluvatar", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
+    skipped = re.findall(r"^SKIPPED .*", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and all("does not claim" in line for line in skipped), done.stdout
     return int(re.search(r"(\d+) passed", done.stdout)[1])
 
 
