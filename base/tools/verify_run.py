@@ -61,7 +61,7 @@ def records_of_a_run(kit: Kit) -> Found:
     command += ["--use", *(f"{slot}={name}" for slot, name in kit.use.items())] if kit.use else []
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, cwd=kit.scratch, env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:
         raise UserError(f"the run ended with code {done.returncode}: {done.stderr.strip()[-200:]}")
     yield "files of a run", len({path.name for path in (kit.scratch / "run").iterdir()} ^ FILES), 0
