@@ -7,6 +7,7 @@ record of callables).
 import importlib
 import inspect
 import re
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -68,7 +69,7 @@ class Backend:
 
 
 def load_backend(name: str, use: Mapping[str, str] | None = None) -> Backend:
-    """The backend ``name`` with every slot filled, and ``suppliers`` saying from which folder.
+    """The backend ``name`` with every slot filled, and ``suppliers`` saying from which folder: the one whose code defines it.
 
     ``use`` swaps single slots, such as ``{"loss": "reference"}``; ``loader`` stands for both loaders.
     Raises UserError if a folder is missing or broken, naming file, line and fix.
@@ -118,16 +119,25 @@ def _record(name: str, children: tuple[str, ...]) -> Backend:
     mine = {slot: getattr(own, slot) for slot in SLOTS if getattr(own, slot) is not None}
     for slot, component in mine.items():
         _check_signature(folder, slot, component)
+    suppliers = {slot: _supplier(name, component) for slot, component in mine.items()}
     if own.extends is None:
         if missing := [slot for slot in SLOTS if slot not in mine]:
             where = _line_at(folder, "extends")
             raise UserError(f"{where}: backend {name!r} extends nothing and lacks {', '.join(missing)}; add them or extends='reference'")
-        return replace(own, suppliers=dict.fromkeys(SLOTS, name))
+        return replace(own, suppliers=suppliers)
     parent = _record(own.extends, (*children, name))
     merged = {slot: mine.get(slot, getattr(parent, slot)) for slot in SLOTS}
     if parent.device == own.device:
         merged |= {"cards": own.cards or parent.cards, "telemetry": own.telemetry or parent.telemetry}
-    return replace(own, **merged, suppliers={**parent.suppliers, **dict.fromkeys(mine, name)})
+    return replace(own, **merged, suppliers={**parent.suppliers, **suppliers})
+
+
+def _supplier(name: str, component: Callable) -> str:
+    """The folder that defines a component which backend ``name`` states; its own, if none does, as of a partial or of what it wraps."""
+    module = str(getattr(component, "__module__", ""))
+    folder = re.fullmatch(r"base\.backends\.(\w+)\..+", module)
+    defined = getattr(sys.modules.get(module), getattr(component, "__name__", ""), None) is component
+    return folder[1] if folder and defined else name
 
 
 def _import(name: str, folder: Path):

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +84,11 @@ def judged(backend: Backend, annotation_file: str | Path, arrays: dict[str, np.n
 class Background:
     """`figures` in a process of its own, while training goes on. It ends by itself, whatever becomes of this process."""
 
-    def __init__(self, name: str, supplier: str, annotation_file: Path, arrays: dict[str, np.ndarray], folder: Path):
+    def __init__(self, name: str, use: Mapping[str, str], annotation_file: Path, arrays: dict[str, np.ndarray], folder: Path):
         self.file = folder / ".detections.npz"
         np.savez(self.file, **arrays)
         # a session of its own, so that Ctrl-C and SIGTERM to the run leave it to finish
-        command = [sys.executable, "-m", "base.evaluate", name, supplier, str(annotation_file), str(self.file)]
+        command = [sys.executable, "-m", "base.evaluate", name, json.dumps(dict(use)), str(annotation_file), str(self.file)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def ready(self) -> bool:
@@ -113,9 +113,9 @@ def check_bad_images(bad: dict[str, str], images: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """The process that `Background` starts."""
-    name, supplier, annotation_file, file = arguments
+    name, use, annotation_file, file = arguments
     with np.load(file, allow_pickle=False) as arrays:
-        print(json.dumps(figures(load_backend(name, {"evaluator": supplier}), annotation_file, dict(arrays))))
+        print(json.dumps(figures(load_backend(name, json.loads(use)), annotation_file, dict(arrays))))
     return 0
 
 

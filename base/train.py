@@ -200,7 +200,7 @@ def evaluate_epoch(state: Run, epoch: int) -> bool:
     last = epoch == config.epochs or state.progress.step >= state.total_steps
     if config.evaluate_in_background and not last:
         if ranks.is_first:
-            parts = (state.backend.name, state.backend.suppliers["evaluator"], config.path("val_annotations"), arrays, state.folder)
+            parts = (state.backend.name, config.use, config.path("val_annotations"), arrays, state.folder)
             state.evaluation = Background(*parts)
         state.evaluating = (epoch, state.progress.step, began)
     else:

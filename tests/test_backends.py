@@ -108,6 +108,29 @@ except TypeError:
     assert lines[2:] == ["child stranger reference reference", "reference", "frozen"]
 
 
+def test_the_supplier_is_the_folder_that_defines_a_component(place):
+    """What a folder takes as it is from another is the other's; what it makes of it is its own."""
+    place("stranger", backend=GOOD, parts=PARTS)
+    parts = """
+from functools import partial, wraps
+from base.backends.reference.decoder import decode
+from base.backends.reference.matcher import match
+from base.backends.stranger.parts import counted_loss
+wrapped = wraps(match)(lambda boxes, labels, default_boxes: match(boxes, labels, default_boxes))
+BACKEND = Backend(name="child", loss=counted_loss, matcher=wrapped, decoder=partial(decode))
+"""
+    place("child", backend=HEAD + parts)
+    script = """
+from base.backend import load_backend
+from base.tools.verify import chosen
+for backend in load_backend("child"), load_backend("reference", {"loss": "child"}):
+    print({slot: folder for slot, folder in backend.suppliers.items() if folder != "reference"}, chosen(backend, None, False))
+"""
+    lines = python(script, place.path).splitlines()
+    assert lines[0] == str({"matcher": "child", "loss": "stranger", "decoder": "child"}) + " ['matcher', 'loss', 'decoder', 'run']"
+    assert lines[1] == "{'loss': 'stranger'} ['loss', 'run']"
+
+
 def test_parts_of_a_backend_reach_a_spawned_process_and_no_other_backend_is_imported(place):
     place("stranger", backend=GOOD, parts=PARTS)
     place("broken", backend="raise SystemExit('imported')")

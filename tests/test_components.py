@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from base.boxes import BOXES_PER_CELL, DefaultBoxes, decode, default_boxes, enco
 from base.contracts import FIGURES, Batch, Detections, Predictions, Targets
 from base.errors import UserError
 from tests.conftest import DEVICE
+from tests.loss_scale import ScaledStep
 
 
 def small_model(backend, **changes):
@@ -419,16 +421,26 @@ def some_batch(count: int = 4, size: int = 96) -> Batch:
     return Batch(images, boxes, labels, torch.arange(count), torch.tensor([[50, 60]] * count))
 
 
+def step_until_it_moves(step, model: torch.nn.Module, batch: Batch, rate: float) -> tuple[dict, torch.Tensor]:
+    """Steps until the loss scale, where there is one, fits → the model's state before the last step, and that step's loss."""
+    for _ in range(20 if step.state_dict() else 1):
+        before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        loss = step(batch, rate)
+        if any(not torch.equal(p, before[name]) for name, p in model.named_parameters()):
+            break
+    return before, loss
+
+
 def stepped(backend, batch: Batch, accumulation: int, rate: float = 0.05):
     """A model before and after one step, that step's loss, and what a step written out by hand makes of the same model."""
     model, by_hand = small_model(backend), small_model(backend)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    by_hand.load_state_dict(model.state_dict())
     optimizer = backend.optimizer(model.parameters(), momentum=0.9, weight_decay=5e-4)
     step = backend.step(
         model=model, optimizer=optimizer, matcher=backend.matcher, loss=backend.loss, device=DEVICE, accumulation=accumulation
     )
-    loss = step(batch, rate)
+    state, loss = step_until_it_moves(step, model, batch, rate)
+    by_hand.load_state_dict(state)
+    before = {name: p.detach().clone() for name, p in by_hand.named_parameters()}
     by_hand.train()
     total, parts = 0.0, batch.images.chunk(accumulation)
     for n, images in enumerate(parts):
@@ -465,13 +477,21 @@ def test_a_step_goes_where_one_written_out_goes(backend, accumulation):
     assert moved.norm().item() == pytest.approx(wanted.norm().item(), rel=0.1)
 
 
+def test_steps_that_the_loss_scale_skips_change_nothing():
+    backend = replace(load_backend("reference"), step=ScaledStep)
+    test_a_step_goes_where_one_written_out_goes(backend, 1)
+    test_the_second_step_uses_the_first_ones_momentum_and_its_own_rate(backend)
+
+
 def test_the_second_step_uses_the_first_ones_momentum_and_its_own_rate(backend):
     model = small_model(backend)
     optimizer = backend.optimizer(model.parameters(), momentum=0.9, weight_decay=0.0)
     step = backend.step(model=model, optimizer=optimizer, matcher=backend.matcher, loss=backend.loss, device=DEVICE)
     weight = next(model.parameters())
     places = [weight.detach().clone()]
-    for rate in (0.01, 0.0, 0.01):
+    step_until_it_moves(step, model, some_batch(), 0.01)
+    places.append(weight.detach().clone())
+    for rate in (0.0, 0.01):
         step(some_batch(), rate)
         places.append(weight.detach().clone())
     assert not torch.equal(places[0], places[1]) and torch.equal(places[1], places[2]) and not torch.equal(places[2], places[3])

@@ -20,7 +20,7 @@ import torch
 
 from base.backend import ALIASES, SLOTS, Backend, backend_folder, load_backend, nearest
 from base.backends import DEFAULT_BACKEND
-from base.distributed import device_type, devices_here
+from base.distributed import check_cards, device_names, device_type, devices_here
 from base.errors import UserError
 from base.tools import verify_loaders, verify_model, verify_parts, verify_run
 from base.tools.bench import machine
@@ -36,14 +36,14 @@ ROUNDS = 5  # of timed calls, after one of warm-up
 
 @dataclass(frozen=True)
 class Row:
-    """One check of one component: the worst error and what is tolerated (None: the check could not be made; ``note`` says why)."""
+    """One check of one component: the worst error and what is tolerated (None: it raised, or was not made; ``note`` says why)."""
 
     component: str
     check: str
     supplied_by: str
     error: float | None
     tolerance: float | None
-    passed: bool
+    passed: bool | None  # None: not checked
     note: str = ""
 
 
@@ -56,6 +56,8 @@ def rows_of(kit: Kit, part: str) -> Iterator[Row]:
         try:
             for name, error, tolerance in check(kit):
                 yield Row(part, name, supplier, float(error), float(tolerance), bool(error <= tolerance))  # not a number: not passed
+        except verify_parts.NotChecked as why:
+            yield Row(part, check.__name__.replace("_", " "), supplier, None, None, None, str(why))
         except Exception as error:  # noqa: BLE001  a component may raise anything
             yield Row(part, check.__name__.replace("_", " "), supplier, None, None, False, reason(error))
 
@@ -68,8 +70,7 @@ def reason(error: Exception) -> str:
 
 def speed(kit: Kit, part: str) -> float | None:
     """How many times as fast as the reference a component is: the median ratio of calls made in turn. None: not measured."""
-    supplier = kit.backend.suppliers.get(part)
-    if part not in SPEEDS or supplier == "reference":
+    if part not in SPEEDS or getattr(kit.backend, part) is getattr(kit.reference, part):
         return None
 
     def waited(call: Callable) -> Callable:
@@ -87,8 +88,13 @@ def chosen(backend: Backend, only: list[str] | None, everything: bool) -> list[s
             raise UserError(f"--only {name!r} is no component{nearest(name, [*ALIASES, *PARTS])}")
     if only:
         return [part for part in PARTS if part in {slot for name in only for slot in ALIASES.get(name, (name,))}]
-    own = [slot for slot in SLOTS if backend.suppliers[slot] != "reference"]
+    reference = load_backend("reference")
+    own = [slot for slot in SLOTS if getattr(backend, slot) is not getattr(reference, slot)]
     return [*(SLOTS if everything or not own else own), "run"]
+
+
+def verdict(row: Row) -> str:
+    return " ".join([{True: "pass", False: "FAIL", None: "not checked:"}[row.passed], row.note]).strip()
 
 
 def figure(value: float | None) -> str:
@@ -101,8 +107,7 @@ def table(rows: list[Row], speeds: dict[str, float | None]) -> list[tuple[str, .
     for row in rows:
         fast = "" if row.component in seen else "not measured" if speeds[row.component] is None else f"{speeds[row.component]:.2f} ×"
         seen.add(row.component)
-        verdict = "pass" if row.passed else f"FAIL {row.note}".strip()
-        cells.append((row.component, row.check, row.supplied_by, figure(row.error), figure(row.tolerance), fast, verdict))
+        cells.append((row.component, row.check, row.supplied_by, figure(row.error), figure(row.tolerance), fast, verdict(row)))
     return cells
 
 
@@ -129,7 +134,7 @@ def verify(kit: Kit, parts: list[str], say: Callable[[str], None] = progress) ->
         say(f"{part}: checking")
         for row in rows_of(kit, part):
             rows.append(row)
-            say(f"{part}: {row.check}: {'pass' if row.passed else 'FAIL'}")
+            say(f"{part}: {row.check}: {verdict(row)[:60]}")
         say(f"{part}: timing")
         try:
             speeds[part] = speed(kit, part)
@@ -155,6 +160,7 @@ def main(arguments: list[str]) -> int:
     kind = device_type(flags.device if flags.device != "auto" else backend.device)
     if devices_here(kind) == 0:
         raise UserError(f"this machine has no {kind} device; --device cpu checks what {flags.name} does on a CPU")
+    check_cards(backend, device_names(kind))
     if flags.seed is not None and not 0 <= flags.seed < 1 << 32:
         raise UserError(f"--seed {flags.seed} is not between 0 and {(1 << 32) - 1}")
     seed = secrets.randbelow(1 << 32) if flags.seed is None else flags.seed
@@ -172,12 +178,13 @@ def main(arguments: list[str]) -> int:
         kit = Kit(backend, load_backend("reference"), torch.device(kind), seed, Path(scratch), use)
         rows, speeds = verify(kit, parts)
     progress("")
-    cells, failed = table(rows, speeds), sum(not row.passed for row in rows)
-    verdict = f"{len(rows)} checks of {len(parts)} parts: {f'{failed} FAILED' if failed else 'all passed'}"
+    cells, (failed, left) = table(rows, speeds), (sum(row.passed is what for row in rows) for what in (False, None))
+    end = f"{f'{failed} FAILED' if failed else 'all passed'}{f', {left} not checked' if left else ''}"
+    end = f"{len(rows) - left} check{'s' * (len(rows) - left != 1)} of {len(parts)} part{'s' * (len(parts) != 1)}: {end}"
     kept = [asdict(row) | {"error": f"{row.error}"} if not math.isfinite(row.error or 0) else asdict(row) for row in rows]  # JSON knows no inf
     content = {"about": about, "seed": seed, "passed": not failed, "speeds": speeds, "rows": kept}
     (out / "verify.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     title = f"# {flags.name}, held to the reference\n"
-    (out / "verify.md").write_text("\n".join([title, *(f"- {line}" for line in head), "", markdown(cells), "", verdict, ""]), encoding="utf-8")
-    print(f"\n{plain(cells)}\n\n{verdict}; {out}/verify.json, {out}/verify.md")
+    (out / "verify.md").write_text("\n".join([title, *(f"- {line}" for line in head), "", markdown(cells), "", end, ""]), encoding="utf-8")
+    print(f"\n{plain(cells)}\n\n{end}; {out}/verify.json, {out}/verify.md")
     return 1 if failed else 0

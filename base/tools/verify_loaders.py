@@ -12,7 +12,7 @@ from PIL import Image
 from base.backend import Backend
 from base.contracts import FIGURES, Batch, Detections, Evaluator
 from base.index import AnnotationIndex
-from base.tools.verify_parts import GOLDEN, Found, Kit, golden, wrong
+from base.tools.verify_parts import GOLDEN, Found, Kit, NotChecked, golden, wrong
 
 SIZE = (96, 128)  # height and width of the samples
 IMAGES, EMPTY = 43, 3  # pictures, of them without boxes
@@ -139,7 +139,7 @@ def training_is_pure(kit: Kit) -> Found:
     make = kit.backend.train_loader
     loader = make(**given)
     if hasattr(loader, "state_dict"):
-        return
+        raise NotChecked("the loader keeps a state, so its samples need not be functions of seed, epoch and image id")
     whole = on_host(loader)
     yield "two workers", unequal(on_host(make(**{**given, "workers": 2})), whole), 0
     parts = [on_host(make(**{**given, "batch_size": 4, "rank": rank, "world_size": 2})) for rank in (0, 1)]
@@ -148,7 +148,8 @@ def training_is_pure(kit: Kit) -> Found:
     yield "two ranks", mixed + unequal([batch for part in parts for batch in part], whole), 0
     loader.set_epoch(3, 2)
     yield "a restart within an epoch", unequal(on_host(loader), whole[2:]), 0
-    yield "another seed gives the same", unequal(whole, whole) + (unequal(on_host(make(**{**given, "seed": kit.seed + 1})), whole) < 20), 0
+    yield "the same seed again", unequal(on_host(make(**given)), whole), 0
+    yield "another seed gives the same", unequal(on_host(make(**{**given, "seed": kit.seed + 1})), whole) < 20, 0
 
 
 def evaluation_samples(kit: Kit) -> Found:

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from base import distributed
 from base.backend import Backend, load_backend
 from base.contracts import Batch
-from base.tools.verify_parts import CLASSES, Found, Kit, apart, golden, random_truth, relative, wrong
+from base.tools.verify_parts import CLASSES, Found, Kit, NotChecked, apart, golden, random_truth, relative, wrong
 from base.weights import from_mlperf
 
 SMALL = {"num_classes": CLASSES, "image_size": (96, 96), "strides": (1,) * 6, "backbone": "resnet18"}
 COCO = {"num_classes": 81, "image_size": (300, 300), "strides": (1, 1, 2, 2, 2, 1), "backbone": "resnet34"}
 LARGE = {**SMALL, "image_size": (1200, 1200), "strides": (3, 3, 2, 2, 2, 2)}
 WIDE = {**SMALL, "image_size": (128, 200)}
+SKIPPED = 20  # steps, at most, that a loss scale may be too large for
 RATES = (0.02, 0.0, 0.005, 0.02, 0.01)
 # Of a step in less than 32 bits: loss, and the length and direction of the way that the weights go (an error of 0.45 is a cosine of 0.9):
 # 8 bits of mantissa go through batch norm over few pixels.
@@ -52,21 +54,26 @@ def model_golden(kit: Kit) -> Found:
     yield "golden: names and shapes of weights", len(set(got.items()) ^ set(want.items())), 0
 
 
+def random_images(kit: Kit, count: int, size: tuple[int, int]) -> Tensor:
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(kit.seed)).to(kit.device)
+
+
+def results_and_slopes(model: nn.Module, images: Tensor) -> tuple[Any, Tensor]:
+    """The model's predictions, and the gradients of its weights by a random pull at a tenth of the default boxes, as mining leaves."""
+    model.zero_grad()
+    results = model(images)
+    pulls = [torch.randn(t.shape, generator=torch.Generator().manual_seed(n)).to(t.device) for n, t in enumerate(results)]
+    some = torch.rand(pulls[0].shape[:2], generator=torch.Generator().manual_seed(2)).to(images.device) < 0.1
+    sum((t * pull * some[..., None]).sum() for t, pull in zip(results, pulls, strict=True)).backward()
+    return results, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
 def forward_and_backward(kit: Kit) -> Found:
     for name, options, count in (("", SMALL, 4), (", wide, batch of 1", WIDE, 1)):
         models = same_models(kit, options)
-        draw = torch.Generator().manual_seed(kit.seed)
-        images = torch.randn(count, 3, *options["image_size"], generator=draw).to(kit.device)
+        images = random_images(kit, count, options["image_size"])
         for mode in ("eval", "train"):
-            results, slopes = [], []
-            for model in models:
-                model.train(mode == "train")
-                model.zero_grad()
-                results.append(model(images))
-                pulls = [torch.randn(t.shape, generator=torch.Generator().manual_seed(n)).to(t.device) for n, t in enumerate(results[-1])]
-                some = torch.rand(pulls[0].shape[:2], generator=torch.Generator().manual_seed(2)).to(kit.device) < 0.1  # as mining leaves
-                sum((t * pull * some[..., None]).sum() for t, pull in zip(results[-1], pulls, strict=True)).backward()
-                slopes.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+            results, slopes = zip(*(results_and_slopes(model.train(mode == "train"), images) for model in models), strict=True)
             yield f"forward, {mode}{name}", max(relative(*pair) for pair in zip(*results, strict=True)), 1e-4
             yield f"backward, {mode}{name}", relative(*slopes), 2e-3
         yield f"running statistics{name}", max(map(relative, models[0].buffers(), models[1].buffers())), 1e-4
@@ -104,10 +111,10 @@ def random_batch(kit: Kit, images: int) -> Batch:
     return Batch(pixels, torch.from_numpy(boxes).float(), torch.from_numpy(labels), torch.arange(images), torch.full((images, 2), 96))
 
 
-def same_steps(kit: Kit, backends: tuple[Backend, Backend], **options) -> list[tuple]:
+def same_steps(kit: Kit, backends: tuple[Backend, Backend], norm_group: Any = None, **options) -> list[tuple]:
     """(step, model, optimizer) of two backends, with this backend's other components and the same weights, so that only the steps differ."""
     other, made = kit.backend, []
-    for backend, model in zip(backends, same_models(kit, backends=(other, other)), strict=True):
+    for backend, model in zip(backends, same_models(kit, {**SMALL, "norm_group": norm_group}, (other, other)), strict=True):
         optimizer = other.optimizer(model.parameters(), momentum=0.9, weight_decay=5e-4)
         parts = {"model": model, "optimizer": optimizer, "matcher": other.matcher, "loss": other.loss, "device": kit.device}
         made.append((backend.step(**parts, **options), model, optimizer))
@@ -135,13 +142,30 @@ def tolerated(step, batch: Batch) -> dict[str, float]:
 
 
 def put_beside(plain: tuple, own: tuple) -> None:
-    """Gives the reference the state of the other, so that rounding of one step does not add up over several."""
+    """Gives the reference the other's momentum; with `step_beside` rounding of one step does not add up over several."""
     (_, model, optimizer), (_, other, theirs) = plain, own
-    model.load_state_dict(other.state_dict())
     for parameter, same in zip(model.parameters(), other.parameters(), strict=True):
         for key, value in theirs.state[same].items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:  # momentum; the copy has the parameter's memory format
                 optimizer.state[parameter][key] = torch.empty_like(parameter).copy_(value)
+
+
+def step_beside(own: tuple, plain: tuple, batch: Batch, rate: float) -> tuple[dict[str, float], Tensor]:
+    """One step of each from the same state → its errors, and the way of the first. It is the first step that the loss scale, where there
+    is one, lets through; what it skips may change statistics, but neither weights nor momentum."""
+    (step, model, _), (other, same, _) = own, plain
+    put_beside(plain, own)
+    for _ in range(SKIPPED if step.state_dict() else 1):
+        same.load_state_dict(model.state_dict())
+        before = flat(model.parameters())
+        loss = step(batch, rate)
+        way = flat(model.parameters()) - before
+        if rate == 0 or way.any():
+            break
+    if loss.shape != () or loss.requires_grad:
+        raise ValueError(f"a step returns a detached scalar, and this is {loss}")
+    wanted = other(batch, rate).item()
+    return errors([loss.item(), wanted], [way, flat(same.parameters()) - before], [model, same]), way
 
 
 def training_steps(kit: Kit) -> Found:
@@ -150,13 +174,8 @@ def training_steps(kit: Kit) -> Found:
         batch, worst = random_batch(kit, 8), dict.fromkeys(FULL, 0.0)
         own, plain = same_steps(kit, (kit.backend, kit.reference), accumulation=accumulation)
         for rate in RATES[: None if accumulation == 1 else 2]:
-            put_beside(plain, own)
-            before = flat(own[1].parameters())
-            losses = [step(batch, rate) for step, *_ in (own, plain)]
-            found = errors([loss.item() for loss in losses], [flat(model.parameters()) - before for _, model, _ in (own, plain)], [own[1], plain[1]])
+            found, _ = step_beside(own, plain, batch, rate)
             worst = {name: max(worst[name], error) for name, error in found.items()}
-            if losses[0].shape != () or losses[0].requires_grad:
-                raise ValueError(f"a step returns a detached scalar, and this is {losses[0]}")
         name = "changing rates" if accumulation == 1 else "accumulation"
         for what, tolerance in tolerated(own[0], batch).items():
             yield f"{name}: {what}", worst[what], tolerance
@@ -179,35 +198,69 @@ def prediction(kit: Kit) -> Found:
     kit.backend.step(model=model, optimizer=None, matcher=None, loss=None, device=kit.device).load_state_dict(own.state_dict())
 
 
-def rank_main(rank: int, port: int, name: str, use: dict, kind: str, seed: int, folder: str) -> None:
-    """One of two ranks: steps on its half of a batch by the backend and by the reference; leaves what came of it in ``folder``."""
+def rank_main(rank: int, work: Callable, port: int, name: str, use: dict, kind: str, seed: int, folder: str) -> None:
+    """One of two ranks: leaves what ``work(kit, ranks)`` returns in ``folder``."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     backend = load_backend(name, use)
     torch.backends.cudnn.allow_tf32 = False  # as in the process that started this one
     ranks = distributed.join(kind, "gloo" if kind == "cpu" else backend.distributed, 120)
     kit = Kit(backend, load_backend("reference"), ranks.device, seed, Path(folder), use)
-    half = Batch(*(t[8 * rank : 8 * rank + 8] for t in random_batch(kit, 16)))
-    steps, models, _ = zip(*same_steps(kit, (backend, kit.reference), world_size=2), strict=True)
-    before = flat(models[0].parameters())
-    losses = [step(half, 0.02).item() for step in steps]
-    found = errors(losses, [flat(model.parameters()) - before for model in models], list(models))
-    torch.save((found, tolerated(steps[0], half), models[0].state_dict()), f"{folder}/rank{rank}.pt")
+    torch.save(work(kit, ranks), f"{folder}/rank{rank}.pt")
     distributed.leave()
 
 
-def two_ranks(kit: Kit) -> Found:
+def on_two_ranks(kit: Kit, work: Callable) -> list:
+    """What ``work`` returns on each of two ranks. Raises NotChecked without two devices."""
     kind = kit.device.type
     if kind != "cpu" and distributed.devices_here(kind) < 2:
-        return  # two ranks need a device each
+        raise NotChecked("needs two devices")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    given = (port, kit.backend.name, kit.use, kind, kit.seed, str(kit.scratch))
-    torch.multiprocessing.spawn(rank_main, given, nprocs=2)
-    (first, bounds, state), (second, _, other) = (torch.load(kit.scratch / f"rank{rank}.pt", map_location="cpu") for rank in (0, 1))
-    for name, bound in bounds.items():
-        yield f"two ranks: {name}", max(first[name], second[name]), bound
-    yield "two ranks hold the same", sum(apart(state[name], other[name]) > 0 for name in state), 0
+    torch.multiprocessing.spawn(rank_main, (work, port, kit.backend.name, kit.use, kind, kit.seed, str(kit.scratch)), nprocs=2)
+    return [torch.load(kit.scratch / f"rank{rank}.pt", map_location="cpu") for rank in (0, 1)]
+
+
+def model_of_a_rank(kit: Kit, ranks: distributed.Ranks) -> list[tuple]:
+    """Of each backend's model: predictions of this rank's images, gradients, statistics."""
+    models = same_models(kit, {**SMALL, "norm_group": ranks.neighbours(0)})
+    images = random_images(kit, 8, SMALL["image_size"]).chunk(2)[ranks.rank]
+    made = [results_and_slopes(model.train(), images) for model in models]
+    return [([t.detach() for t in results], slopes, flat(model.buffers())) for (results, slopes), model in zip(made, models, strict=True)]
+
+
+def norm_group_of_two_ranks(kit: Kit) -> Found:
+    """Gradients of batch norm's weights may be shares in any way, so that their sum over the ranks is compared."""
+    each = on_two_ranks(kit, model_of_a_rank)
+    yield "norm group: forward", max(relative(*pair) for own, plain in each for pair in zip(own[0], plain[0], strict=True)), 1e-4
+    yield "norm group: backward", relative(*(first[1] + second[1] for first, second in zip(*each, strict=True))), 2e-3
+    yield "norm group: running statistics", max(relative(own[2], plain[2]) for own, plain in each), 1e-4
+
+
+BUCKETS = {"bucket_mb": 1, "accumulation": 2}
+RANKS = {"two ranks": {}, "norm group, buckets": BUCKETS, "norm group, bf16 buckets": {**BUCKETS, "compression": "bf16"}}  # the options of steps
+
+
+def steps_of_a_rank(kit: Kit, ranks: distributed.Ranks) -> tuple[dict[str, tuple], dict[str, float]]:
+    """A step on this rank's half of a batch by the backend and by the reference: case → (errors, way, state), and what is tolerated."""
+    half, found = Batch(*(t.chunk(2)[ranks.rank] for t in random_batch(kit, 16))), {}
+    for name, options in RANKS.items():
+        group = ranks.neighbours(0) if options else None
+        own, plain = same_steps(kit, (kit.backend, kit.reference), group, world_size=2, **options)
+        found[name] = *step_beside(own, plain, half, 0.02), own[1].state_dict()
+    return found, tolerated(own[0], half)
+
+
+def two_ranks(kit: Kit) -> Found:
+    (first, bounds), (second, _) = on_two_ranks(kit, steps_of_a_rank)
+    for name in RANKS:
+        (errors, _, state), (others, _, other) = first[name], second[name]
+        for what, bound in bounds.items():
+            yield f"{name}: {what}", max(errors[what], others[what]), bound
+        yield f"{name}: they hold the same", sum(apart(state[key], other[key]) > 0 for key in state), 0
+    # Beside its own uncompressed step from the same state, which differs by nothing but bf16's 8 bits: rounding in float32 is hundreds of times less
+    rounding = relative(*(first[name][1] for name in list(RANKS)[:0:-1]))
+    yield "compression rounds to bf16", wrong(rounded=rounding > 1e-4), 0
 
 
 def timed_model(kit: Kit, backend: Backend) -> Callable:
@@ -230,7 +283,7 @@ def timed_optimizer(kit: Kit, backend: Backend) -> Callable:
 
 
 CHECKS = {
-    "model": (model_golden, default_boxes_of_a_wide_image, forward_and_backward),
+    "model": (model_golden, default_boxes_of_a_wide_image, forward_and_backward, norm_group_of_two_ranks),
     "optimizer": (steps_of_sgd,),
     "step": (training_steps, prediction, two_ranks),
 }

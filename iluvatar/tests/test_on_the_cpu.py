@@ -115,6 +115,6 @@ def test_golden_data():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", ["components", "weights"])
+@pytest.mark.parametrize("file", ["components", "weights", "verify"])
 def test_what_every_backend_must_do(file):
     assert passed(f"tests/test_{file}.py", "-k", "iluvatar") > 3

@@ -57,6 +57,6 @@ def test_what_every_backend_must_do_in_the_interpreter():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", ["components", "loader", "augment", "weights"])
+@pytest.mark.parametrize("file", ["components", "loader", "augment", "weights", "verify"])
 def test_what_every_backend_must_do_on_the_cpu(file):
     assert passed(f"tests/test_{file}.py", "-k", "nvidia", interpreted=False) > 3
