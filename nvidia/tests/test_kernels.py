@@ -13,7 +13,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+FILES = [file for file in sorted((Path(__file__).parent / "interpreted").glob("test_*.py")) if file.stem != "test_step"]  # which needs a GPU
 ON_KERNELS = "match or loss or gradients or decode or kept or limit or best or nothing_found or finite"
 
 

@@ -16,7 +16,7 @@ from base.backends.nvidia.matcher import match
 from base.backends.nvidia.model import FusedSSD
 from base.backends.nvidia.norm import norm_relu
 from base.backends.nvidia.prologue import prologue
-from base.backends.nvidia.step import precision
+from base.backends.nvidia.step import build_optimizer, precision, start_momentum
 from base.backends.reference import decoder as reference
 from base.backends.reference.step import normalise
 from torch import nn
@@ -119,6 +119,20 @@ def test_the_precision_of_a_gpu_or_why_this_torch_cannot_use_it(monkeypatch, cap
     else:
         with pytest.raises(UserError, match=r"no code for Tesla V100-SXM2-16GB \(sm_\d+\), only sm_.*CUDA 12"):
             precision(torch.device("cuda", 0))
+
+
+def test_a_first_step_that_was_skipped_leaves_no_momentum():
+    """As GradScaler does it on a GPU: the kernel itself skips the step if a gradient was not finite."""
+    weight = torch.nn.Parameter(torch.ones(1000))
+    optimizer = build_optimizer([weight], momentum=0.9, weight_decay=0.0)
+    start_momentum(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.grad_scale = torch.tensor(1.0)
+    for infinite in (1.0, 0.0, 0.0):
+        weight.grad = torch.full((1000,), 2.0)
+        optimizer.found_inf = torch.tensor(infinite)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((1000,), 1 - 0.1 * 2 - 0.1 * 2 * 1.9))
 
 
 @pytest.mark.long

@@ -54,17 +54,3 @@ def test_the_graph_trains_as_the_step_without_one(kind, accumulation):
     assert losses == pytest.approx(wanted, rel=0.02)
     assert torch.cosine_similarity(way, plain, dim=0) > 0.98 and way.norm().item() == pytest.approx(plain.norm().item(), rel=0.05)
     assert step.state_dict() == without.state_dict()  # the loss scale, if there is one
-
-
-def test_a_first_step_that_was_skipped_leaves_no_momentum():
-    """As GradScaler does it on a GPU: the kernel itself skips the step if a gradient was not finite."""
-    weight = torch.nn.Parameter(torch.ones(1000))
-    optimizer = steps.build_optimizer([weight], momentum=0.9, weight_decay=0.0)
-    steps.start_momentum(optimizer)
-    optimizer.param_groups[0]["lr"] = 0.1
-    optimizer.grad_scale = torch.tensor(1.0)
-    for infinite in (1.0, 0.0, 0.0):
-        weight.grad = torch.full((1000,), 2.0)
-        optimizer.found_inf = torch.tensor(infinite)
-        optimizer.step()
-    torch.testing.assert_close(weight.detach(), torch.full((1000,), 1 - 0.1 * 2 - 0.1 * 2 * 1.9))
