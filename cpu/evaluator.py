@@ -27,6 +27,7 @@ class CocoEvaluator:
         self.threads = threads or torch.get_num_threads()
         self.seen = np.zeros(len(self.index), dtype=bool)
         self.parts: list[tuple[np.ndarray, ...]] = []
+        self.result: tuple[np.ndarray, np.ndarray] | None = None  # of what has been seen so far
 
     def update(self, image_ids: Tensor, sizes: Tensor, detections: list[Detections]) -> None:
         """Adds the detections of N images: ids int64 (N), original (height, width) (N, 2).
@@ -54,6 +55,7 @@ class CocoEvaluator:
             raise ValueError(f"image {image} has a detection labelled {labels[wrong[0]]}; labels are 1 to {len(self.index.category_ids)}")
         self.parts.append((positions, _float64(sizes.cpu()), first, _float64(boxes), labels.numpy(), _float64(scores)))
         self.seen[positions] = True
+        self.result = None
 
     def compute(self) -> dict[str, float]:
         """The 12 figures by name; 0 each without any detection, -1 where the ground truth has no such box (as pycocotools)."""
@@ -67,9 +69,12 @@ class CocoEvaluator:
 
     def _compared(self) -> tuple[np.ndarray, np.ndarray]:
         """Precisions (sizes of boxes, IoU thresholds, recalls, classes) and recalls (rows of figures, IoU thresholds, classes)."""
+        if self.result is not None:
+            return self.result
         index = self.index
         truth = (index.first_box, index.boxes, index.labels, index.crowd, index.areas, len(index.category_ids))
-        return _coco.figures(*truth, list(self.parts), IOU_THRESHOLDS, RECALL_THRESHOLDS, self.threads)
+        self.result = _coco.figures(*truth, list(self.parts), IOU_THRESHOLDS, RECALL_THRESHOLDS, self.threads)
+        return self.result
 
     def _positions(self, ids: np.ndarray) -> np.ndarray:
         """Where the images stand in the index."""

@@ -20,9 +20,11 @@ class CocoEvaluator:
         self.index = AnnotationIndex.open(annotation_file)
         self.found: list[dict] = []
         self.seen: set[int] = set()
+        self.result: COCOeval | None = None  # of what has been seen so far
 
     def update(self, image_ids: Tensor, sizes: Tensor, detections: list[Detections]) -> None:
         """Adds the detections of N images: ids int64 (N), original (height, width) (N, 2). An image seen before is refused."""
+        self.result = None
         for image_id, (height, width), image in zip(image_ids.tolist(), sizes.tolist(), detections, strict=True):
             if image_id in self.seen:
                 raise ValueError(f"image {image_id} was evaluated twice")
@@ -42,6 +44,8 @@ class CocoEvaluator:
         return self._compared().eval["precision"][:, :, :, 0, -1]  # boxes of all sizes, 100 detections an image
 
     def _compared(self) -> COCOeval:
+        if self.result is not None:
+            return self.result
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
             dataset = self.index.to_coco()
             for number, box in enumerate(dataset["annotations"], 1):
@@ -53,6 +57,7 @@ class CocoEvaluator:
             result.evaluate()
             result.accumulate()
             result.summarize()
+        self.result = result
         return result
 
 
