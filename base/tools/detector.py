@@ -1,5 +1,6 @@
 """A checkpoint made ready to detect: what `evaluate`, `predict` and `export` start from."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights
 
 from base import checkpoint
 from base.backend import Backend, load_backend
+from base.backends import DEFAULT_BACKEND
 from base.config import Config, validate
 from base.contracts import Step
 from base.distributed import check_cards, device_names, device_type, devices_here
@@ -25,6 +27,14 @@ class Detector:
     device: torch.device
     category_ids: list[int]
     names: list[str]
+
+
+def flags_of_a_detector(parser: argparse.ArgumentParser) -> None:
+    """The flags that every tool has which starts from a checkpoint."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of a run's folder checkpoints/, or one of the MLPerf reference")
+    parser.add_argument("--name", default=DEFAULT_BACKEND, help="backend (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="torch device type (default: what the backend asks for)")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads of the loader (default: 2)")
 
 
 def coco_categories() -> dict[str, list]:

@@ -1,23 +1,13 @@
 """``python -m base evaluate --checkpoint C --data_dir D``: the 12 COCO figures of a checkpoint, and AP a class."""
 
 import argparse
-from pathlib import Path
 
-from base.backends import DEFAULT_BACKEND
 from base.contracts import FIGURES
 from base.distributed import Ranks
 from base.errors import UserError
 from base.evaluate import detect, judged, make_eval_loader
 from base.index import AnnotationIndex
-from base.tools.detector import open_checkpoint
-
-
-def flags_of_a_detector(parser: argparse.ArgumentParser) -> None:
-    """The flags that every tool has which starts from a checkpoint."""
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of a run's folder checkpoints/, or one of the MLPerf reference")
-    parser.add_argument("--name", default=DEFAULT_BACKEND, help="backend (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="torch device type (default: what the backend asks for)")
-    parser.add_argument("--workers", type=int, default=2, help="processes or threads of the loader (default: 2)")
+from base.tools.detector import flags_of_a_detector, open_checkpoint
 
 
 def main(arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from base.backends.reference.decoder import decode, decode_image
+from base.backends.reference.decoder import BEST_A_CLASS, decode, decode_image
 from base.backends.reference.step import normalise
 from base.boxes import decode as decode_offsets
 from base.contracts import Detections
@@ -28,7 +28,7 @@ from base.evaluate import figures, flat, make_eval_loader
 from base.tools.detector import Detector, open_checkpoint
 from base.weights import from_mlperf, to_mlperf
 
-OPSET, BEST_A_CLASS = 20, 200
+OPSET = 20
 Limits = tuple[float, float, int]  # lowest score, overlap from which a box is dropped, most detections of an image
 # The reference's decoding in ONNX: the best of each class, suppression within each, and of an image the best of all
 SUPPRESSION = """

@@ -21,8 +21,7 @@ from rich.progress import track
 from base.backends.reference.images import TURNS, BadImage, orientation, read_rgb
 from base.contracts import Detections
 from base.errors import UserError
-from base.tools.detector import Detector, open_checkpoint
-from base.tools.evaluate import flags_of_a_detector
+from base.tools.detector import Detector, flags_of_a_detector, open_checkpoint
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}  # of the files that are taken from a folder
 MOST_IN_MEMORY = 64  # pictures that wait to be drawn
