@@ -103,6 +103,25 @@ def train(demo_data, tmp_path):
     return start
 
 
+def same_losses_on_the_cpu(train, folder: Path, name: str) -> None:
+    """Three steps of an accelerator's backend on the CPU beside the reference's: it decodes JPEGs otherwise, and adds in other orders."""
+    for backend in (name, "reference"):
+        done = train("--name", backend, "--device", "cpu", "--max_steps", "3", "--target", "null", "--log_every", "1", run=backend)
+        assert done.returncode == 0, done.stderr
+    own, plain = (dict(losses(folder / backend)) for backend in (name, "reference"))
+    assert own == pytest.approx(plain, rel=0.01) and len(set(plain.values())) == 3
+
+
+def one_line_without_its_device(train, name: str) -> None:
+    """Where an accelerator's backend has no device, a line says what is missing and what runs here."""
+    done = train("--name", name, "--device", "auto", "--max_steps", "1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: backend {name} needs a cuda device and this machine has none; --name cpu runs here, "
+        f"and --device cpu takes what {name} does on a CPU"
+    ]
+
+
 def losses(run: Path) -> list[tuple[int, float]]:
     """(step, loss) of every training line in a run's metrics."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

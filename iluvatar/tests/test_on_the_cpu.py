@@ -17,7 +17,7 @@ from base.backend import load_backend
 from base.boxes import default_boxes
 from base.contracts import Batch, Predictions
 from base.errors import UserError
-from tests.conftest import ROOT, losses
+from tests.conftest import ROOT, one_line_without_its_device, same_losses_on_the_cpu
 
 SMALL = default_boxes((300, 300), ((6, 6), (4, 4), (3, 3), (2, 2), (1, 1), (1, 1)))
 
@@ -83,21 +83,11 @@ def test_float16_goes_where_float32_goes_and_its_loss_scale_is_kept():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_one_line_says_what_is_missing_and_what_runs_here(train):
-    done = train("--name", "iluvatar", "--device", "auto", "--max_steps", "1")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "error: backend iluvatar needs a cuda device and this machine has none; --name cpu runs here, "
-        "and --device cpu takes what iluvatar does on a CPU"
-    ]
+    one_line_without_its_device(train, "iluvatar")
 
 
 def test_a_run_on_the_cpu(train, tmp_path):
-    flags = "--max_steps", "3", "--target", "null", "--log_every", "1"
-    for name in ("iluvatar", "reference"):
-        done = train("--name", name, "--device", "cpu", *flags, run=name)
-        assert done.returncode == 0, done.stderr
-    own, plain = (dict(losses(tmp_path / name)) for name in ("iluvatar", "reference"))
-    assert own == pytest.approx(plain, rel=0.01) and len(set(plain.values())) == 3  # other decoding of JPEGs, other orders of sums
+    same_losses_on_the_cpu(train, tmp_path, "iluvatar")
 
 
 def passed(*arguments: str) -> int:

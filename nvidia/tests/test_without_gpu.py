@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from base.boxes import default_boxes
 from base.contracts import Predictions
 from base.errors import UserError
-from tests.conftest import ROOT, losses
+from tests.conftest import ROOT, one_line_without_its_device, same_losses_on_the_cpu
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="Triton's interpreter has the kernels run on the CPU")
 
@@ -76,22 +76,12 @@ def test_the_compiler_sees_model_matching_and_loss_as_one_graph():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_one_line_says_what_is_missing_and_what_runs_here(train):
-    done = train("--name", "nvidia", "--device", "auto", "--max_steps", "1")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "error: backend nvidia needs a cuda device and this machine has none; --name cpu runs here, "
-        "and --device cpu takes what nvidia does on a CPU"
-    ]
+    one_line_without_its_device(train, "nvidia")
 
 
 @pytest.mark.skipif(version() is None, reason="DALI is not installed")
 def test_a_run_on_the_cpu(train, tmp_path):
-    flags = "--max_steps", "3", "--target", "null", "--log_every", "1"
-    for name in ("nvidia", "reference"):
-        done = train("--name", name, "--device", "cpu", *flags, run=name)
-        assert done.returncode == 0, done.stderr
-    own, plain = (dict(losses(tmp_path / name)) for name in ("nvidia", "reference"))
-    assert own == pytest.approx(plain, rel=0.01) and len(set(plain.values())) == 3  # other decoding of JPEGs, other orders of sums
+    same_losses_on_the_cpu(train, tmp_path, "nvidia")
 
 
 BUILT = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch 2.11 for CUDA 13
