@@ -24,7 +24,7 @@ from typing import Any
 
 from base.backends import DEFAULT_BACKEND, backend_folder
 from base.errors import UserError
-from base.tools.download import ANNOTATIONS, GB, Transfer, fetch_dataset, locked
+from data_sets.download import ANNOTATIONS, GB, Transfer, fetch_dataset, locked
 
 ROOT = Path(__file__).resolve().parent
 INSTALL_BYTES = 9e9  # torch with NVIDIA's libraries: 3 GB of wheels in pip's cache, 5.7 GB installed

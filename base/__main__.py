@@ -12,10 +12,10 @@ TOOLS = {
     "predict": ("base.tools.predict", "pictures with what a checkpoint detects in them"),
     "export": ("base.tools.export", "write a checkpoint as ONNX, as a torch.export program or in MLPerf's layout, and check it"),
     "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
-    "verify": ("base.tools.verify", "hold every component of a backend to the reference"),
+    "verify": ("conformance.verify", "hold every component of a backend to the reference"),
     "new-backend": ("base.tools.new_backend", "write the folder of a new backend, which trains the demo as it stands"),
-    "demo-data": ("base.tools.demo_data", "draw the embedded demo data set"),
-    "index": ("base.tools.index", "pack a data set's annotations and report what was dropped or mended"),
+    "demo-data": ("data_sets.demo_data", "draw the embedded demo data set"),
+    "index": ("data_sets.pack", "pack a data set's annotations and report what was dropped or mended"),
 }
 
 

@@ -3,7 +3,7 @@
 The index lies beside the JSON (``instances_train2017.index.npz``) or, where that folder cannot be written, in
 ``$XDG_CACHE_HOME/ssd-zoo`` (``~/.cache/ssd-zoo``). It is packed again when the JSON's content changes.
 
-What is done with entries that are not as they should be stands in `base.coco_json`; ``report`` counts every case.
+What is done with entries that are not as they should be stands in `data_sets.coco_json`; ``report`` counts every case.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from typing import IO
 
 import numpy as np
 
-from base.coco_json import ltrb_of, parse, stamp_of
 from base.errors import UserError
+from data_sets.coco_json import ltrb_of, parse, stamp_of
 
 FORMAT = 1  # raise it when the stored arrays or the table above change: older indexes are then packed again
 PARSE_HERE_BYTES = 4 << 20  # larger files are parsed in a child, so that the parse's memory never stays in this process

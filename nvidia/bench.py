@@ -36,7 +36,7 @@ from base.contracts import Batch, Predictions
 from base.errors import UserError
 from base.tools.bench import machine
 from base.tools.bench_parts import CLASSES, SIZE, STRIDES, truth
-from base.tools.photographs import make
+from data_sets.photographs import make
 
 ROUNDS, BEFORE = 7, 5  # measured calls, and those before: they compile, choose algorithms, capture
 TRIED = 2, 1  # the same on a CPU, where it is only to be seen that it works

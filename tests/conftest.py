@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 from base.backend import list_backends, load_backend
-from base.tools.demo_data import generate
+from data_sets.demo_data import generate
 
 settings.register_profile("ssd", deadline=None, print_blob=True)  # a busy machine is no failure
 settings.load_profile("ssd")

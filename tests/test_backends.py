@@ -122,7 +122,7 @@ BACKEND = Backend(name="child", loss=counted_loss, matcher=wrapped, decoder=part
     place("child", backend=HEAD + parts)
     script = """
 from base.backend import load_backend
-from base.tools.verify import chosen
+from conformance.verify import chosen
 for backend in load_backend("child"), load_backend("reference", {"loss": "child"}):
     print({slot: folder for slot, folder in backend.suppliers.items() if folder != "reference"}, chosen(backend, None, False))
 """

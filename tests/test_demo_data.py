@@ -11,8 +11,8 @@ from PIL import Image
 
 from base.errors import UserError
 from base.index import AnnotationIndex
-from base.tools import demo_data
-from base.tools import demo_data as demo
+from data_sets import demo_data
+from data_sets import demo_data as demo
 
 TRAIN, VAL, SIZE = 40, 8, 96
 

@@ -1,4 +1,4 @@
-"""base.tools.download against a real HTTP server that misbehaves in every way that was thought of."""
+"""data_sets.download against a real HTTP server that misbehaves in every way that was thought of."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from base.errors import UserError
-from base.tools.download import COCO_FILES, RemoteFile, Transfer, download, fetch_dataset, unpack
+from data_sets.download import COCO_FILES, RemoteFile, Transfer, download, fetch_dataset, unpack
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -385,7 +385,7 @@ def test_killed_process_then_success(server, how, tmp_path):
     body = BODY * 8
     file = server.add("a.bin", body)
     code = (
-        "import sys; from pathlib import Path; from base.tools.download import *;"
+        "import sys; from pathlib import Path; from data_sets.download import *;"
         f"fetch_dataset(Path({str(tmp_path)!r}), Transfer(), [RemoteFile({file.url!r}, 'md5', {file.digest!r}, {file.size})])"
     )
     server.pause = 0.02

@@ -6,9 +6,9 @@ import torch
 from base.backend import load_backend
 from base.boxes import decode as decode_offsets
 from base.boxes import encode
-from base.tools.verify_loaders import coco_golden
-from base.tools.verify_model import model_golden
-from base.tools.verify_parts import Kit, decoding_golden, loss_golden, matching_golden
+from conformance.loaders import coco_golden
+from conformance.model import model_golden
+from conformance.parts import Kit, decoding_golden, loss_golden, matching_golden
 from tests.conftest import DEVICE
 
 

@@ -20,7 +20,7 @@ from base import index as index_module
 from base.errors import UserError
 from base.index import AnnotationIndex
 from base.tools import bench, bench_index
-from base.tools import index as index_tool
+from data_sets import pack as index_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -458,7 +458,7 @@ def test_tool_prints_counts_and_reasons(tmp_path, capsys):
 
 
 def test_opening_imports_no_torch():
-    code = "import sys, base.index, base.tools.index; sys.exit(any(m.split('.')[0] in ('torch', 'PIL') for m in sys.modules))"
+    code = "import sys, base.index, data_sets.pack; sys.exit(any(m.split('.')[0] in ('torch', 'PIL') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

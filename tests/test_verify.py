@@ -12,8 +12,8 @@ import pytest
 import base.backends
 from base.__main__ import main
 from base.backend import SLOTS, load_backend
-from base.tools import verify_run
-from base.tools.verify import CHECKS, Kit, rows_of
+from conformance import whole
+from conformance.verify import CHECKS, Kit, rows_of
 from tests.conftest import DEVICE, ROOT
 
 MUTANTS = Path(__file__).parent / "mutants"
@@ -89,7 +89,7 @@ def test_steps_that_a_loss_scale_skips_are_no_failure(tmp_path, places):
     (tmp_path / "scaled" / "backend.py").write_text(text + "BACKEND = Backend(name='scaled', step=Own)\n")
     places(tmp_path)
     kit = kit_of("scaled", tmp_path)
-    assert not_passed(kit, "step") == [] and all(error <= tolerance for _, error, tolerance in verify_run.thirty_steps(kit))
+    assert not_passed(kit, "step") == [] and all(error <= tolerance for _, error, tolerance in whole.thirty_steps(kit))
 
 
 def test_a_run_finds_a_backend_through_a_relative_path(tmp_path, places, monkeypatch):
@@ -97,7 +97,7 @@ def test_a_run_finds_a_backend_through_a_relative_path(tmp_path, places, monkeyp
     assert main(["new-backend", "zeta", "--dir", "place", "--device", "cpu"]) == 0
     places(tmp_path / "place")
     monkeypatch.setenv("SSD_BACKEND_PATH", "place")
-    found = list(verify_run.records_of_a_run(kit_of("zeta", tmp_path)))
+    found = list(whole.records_of_a_run(kit_of("zeta", tmp_path)))
     assert found and all(error <= tolerance for _, error, tolerance in found)
 
 

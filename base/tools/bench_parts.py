@@ -26,7 +26,7 @@ from base.backend import load_backend
 from base.contracts import Batch, Detections, Predictions
 from base.index import AnnotationIndex
 from base.tools.bench import Figure
-from base.tools.photographs import make
+from data_sets.photographs import make
 
 CLASSES, SIZE, STRIDES = 81, (300, 300), (1, 1, 2, 2, 2, 1)
 STEP_GFLOP = 94.75  # SSD300-R34, 81 classes, forward and backward of one image, a multiply-add counts 2

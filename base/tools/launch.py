@@ -143,7 +143,7 @@ def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path
         print(f"\n{config_text(resolved, name)}\ncommand: torchrun {shlex.join(command)}")
         return 0
     if draws:
-        from base.tools.demo_data import main as draw
+        from data_sets.demo_data import main as draw
 
         draw(["--data_dir", str(DEMO_DATA)])
         check_data(resolved.config)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from base.backend import load_backend
 from base.contracts import FIGURES, Detections
-from base.tools.verify_loaders import golden_detections
+from conformance.loaders import golden_detections
 from tests.conftest import GOLDEN
 
 pytest.importorskip("base.backends.cpu._coco", reason="the native parts are not built: python3 prepare.py --name cpu", exc_type=ImportError)

@@ -12,7 +12,7 @@ from PIL import Image
 from base.backend import Backend
 from base.contracts import FIGURES, Batch, Detections, Evaluator
 from base.index import AnnotationIndex
-from base.tools.verify_parts import GOLDEN, Found, Kit, NotChecked, golden, wrong
+from conformance.parts import GOLDEN, Found, Kit, NotChecked, golden, wrong
 
 SIZE = (96, 128)  # height and width of the samples
 IMAGES, EMPTY = 43, 3  # pictures, of them without boxes

@@ -18,7 +18,7 @@ from base.backend import Backend
 from base.boxes import DefaultBoxes, default_boxes, encode, iou, ltrb_to_xywh, xywh_to_ltrb
 from base.contracts import Detections, Predictions, Targets
 
-FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
 GOLDEN = FOLDER if FOLDER.is_dir() else None  # figures of the MLPerf reference and of pycocotools, in a checkout
 COCO = ((38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1))  # levels at 300×300: 8,732 default boxes
 FEW = ((10, 10), (5, 5), (3, 3), (2, 2), (1, 1), (1, 1))  # 636, more than non-maximum suppression looks at in a class

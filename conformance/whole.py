@@ -13,9 +13,9 @@ from base import checkpoint
 from base.config import read_run
 from base.contracts import FIGURES
 from base.errors import UserError
-from base.tools.demo_data import generate
-from base.tools.verify_model import SMALL, flat, same_models
-from base.tools.verify_parts import Found, Kit
+from conformance.model import SMALL, flat, same_models
+from conformance.parts import Found, Kit
+from data_sets.demo_data import generate
 
 STEPS, BATCH, RATE_A_STEP = 30, 8, 3e-4  # the demo's warm-up: its rate rises to 0.03 in 100 steps
 # Of a mean of ten losses: what differs in the last bit grows from step to step, in float32 to 1.3 % in the last ten (seen), and a loader that
@@ -68,7 +68,7 @@ def records_of_a_run(kit: Kit) -> Found:
     command = [sys.executable, "-m", "base", "train", "--image_size", "96", "96", "--strides", *"111111"]
     command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     command += ["--use", *(f"{slot}={name}" for slot, name in kit.use.items())] if kit.use else []
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     if done.returncode:

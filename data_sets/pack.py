@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from base.coco_json import GET_DATA
 from base.errors import UserError
 from base.index import AnnotationIndex
+from data_sets.coco_json import GET_DATA
 
 FILES = ("instances_train2017.json", "instances_val2017.json")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from base import distributed
 from base.backend import Backend, load_backend
 from base.contracts import Batch
-from base.tools.verify_parts import CLASSES, Found, Kit, NotChecked, apart, golden, random_truth, relative, wrong
 from base.weights import from_mlperf
+from conformance.parts import CLASSES, Found, Kit, NotChecked, apart, golden, random_truth, relative, wrong
 
 SMALL = {"num_classes": CLASSES, "image_size": (96, 96), "strides": (1,) * 6, "backbone": "resnet18"}
 COCO = {"num_classes": 81, "image_size": (300, 300), "strides": (1, 1, 2, 2, 2, 1), "backbone": "resnet34"}

@@ -1,7 +1,7 @@
 """``python -m base verify --name B``: every component of a backend against the reference, on fresh inputs and the golden data.
 
 Exit code 0 if everything passed, 1 if anything failed, 2 if it was called wrongly. The checks and their tolerances stand in
-`verify_parts` (what works on arrays), `verify_model` (model, step, optimizer), `verify_loaders` and `verify_run`.
+`parts` (what works on arrays), `model` (model, step, optimizer), `loaders` and `whole`.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from base.backend import ALIASES, SLOTS, Backend, backend_folder, load_backend, 
 from base.backends import DEFAULT_BACKEND
 from base.distributed import check_cards, device_names, device_type, devices_here
 from base.errors import UserError
-from base.tools import verify_loaders, verify_model, verify_parts, verify_run
 from base.tools.bench import machine
 from base.tools.bench_parts import interleaved
 from base.tools.launch import flag_value
-from base.tools.verify_parts import Kit
+from conformance import loaders, model, parts, whole
+from conformance.parts import Kit
 
-CHECKS = {**verify_parts.CHECKS, **verify_model.CHECKS, **verify_loaders.CHECKS, **verify_run.CHECKS}  # part → its checks
-SPEEDS = {**verify_parts.SPEEDS, **verify_model.SPEEDS, **verify_loaders.SPEEDS}  # part → what makes a timed call for a backend
+CHECKS = {**parts.CHECKS, **model.CHECKS, **loaders.CHECKS, **whole.CHECKS}  # part → its checks
+SPEEDS = {**parts.SPEEDS, **model.SPEEDS, **loaders.SPEEDS}  # part → what makes a timed call for a backend
 PARTS = (*SLOTS, "run")  # run: all components together, which is no slot
 ROUNDS = 5  # of timed calls, after one of warm-up
 
@@ -51,12 +51,12 @@ def rows_of(kit: Kit, part: str) -> Iterator[Row]:
     """All checks of a component. Whatever it raises is a failure of that check, and the rest goes on."""
     supplier = kit.backend.suppliers.get(part, kit.backend.name)
     for check in CHECKS[part]:
-        if check.__name__.endswith("golden") and not verify_parts.GOLDEN:
+        if check.__name__.endswith("golden") and not parts.GOLDEN:
             continue
         try:
             for name, error, tolerance in check(kit):
                 yield Row(part, name, supplier, float(error), float(tolerance), bool(error <= tolerance))  # not a number: not passed
-        except verify_parts.NotChecked as why:
+        except parts.NotChecked as why:
             yield Row(part, check.__name__.replace("_", " "), supplier, None, None, None, str(why))
         except Exception as error:  # noqa: BLE001  a component may raise anything
             yield Row(part, check.__name__.replace("_", " "), supplier, None, None, False, reason(error))
@@ -127,10 +127,10 @@ def progress(text: str) -> None:
     print(f"{text:<70}", end=end, file=sys.stderr, flush=True)
 
 
-def verify(kit: Kit, parts: list[str], say: Callable[[str], None] = progress) -> tuple[list[Row], dict[str, float | None]]:
+def verify(kit: Kit, wanted: list[str], say: Callable[[str], None] = progress) -> tuple[list[Row], dict[str, float | None]]:
     """Checks and times the parts, one after the other."""
     rows, speeds = [], {}
-    for part in parts:
+    for part in wanted:
         say(f"{part}: checking")
         for row in rows_of(kit, part):
             rows.append(row)
@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     use = flag_value("use", flags.use)
     backend = load_backend(flags.name, use)
-    parts = chosen(backend, flags.only, flags.all)
+    wanted = chosen(backend, flags.only, flags.all)
     kind = device_type(flags.device if flags.device != "auto" else backend.device)
     if devices_here(kind) == 0:
         raise UserError(f"this machine has no {kind} device; --device cpu checks what {flags.name} does on a CPU")
@@ -170,17 +170,17 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}); name another folder") from error
     about = {**machine(), "torch": torch.__version__, "device": kind, "backend": f"{flags.name} in {backend_folder(flags.name)}"}
-    about |= {"dtypes": ", ".join(backend.dtypes), "golden data": "tests/golden" if verify_parts.GOLDEN else "not here, so not checked"}
+    about |= {"dtypes": ", ".join(backend.dtypes), "golden data": "tests/golden" if parts.GOLDEN else "not here, so not checked"}
     head = [f"{name}: {value}" for name, value in {**about, "seed": f"{seed} (--seed {seed} repeats the inputs)"}.items()]
     print("\n".join(head), flush=True)
     torch.backends.cudnn.allow_tf32 = False  # else accelerators round float32 products to 10 bits of mantissa, each layout in its own way
     with tempfile.TemporaryDirectory(prefix="ssd-verify-") as scratch:
         kit = Kit(backend, load_backend("reference"), torch.device(kind), seed, Path(scratch), use)
-        rows, speeds = verify(kit, parts)
+        rows, speeds = verify(kit, wanted)
     progress("")
     cells, (failed, left) = table(rows, speeds), (sum(row.passed is what for row in rows) for what in (False, None))
     end = f"{f'{failed} FAILED' if failed else 'all passed'}{f', {left} not checked' if left else ''}"
-    end = f"{len(rows) - left} check{'s' * (len(rows) - left != 1)} of {len(parts)} part{'s' * (len(parts) != 1)}: {end}"
+    end = f"{len(rows) - left} check{'s' * (len(rows) - left != 1)} of {len(wanted)} part{'s' * (len(wanted) != 1)}: {end}"
     kept = [asdict(row) | {"error": f"{row.error}"} if not math.isfinite(row.error or 0) else asdict(row) for row in rows]  # JSON knows no inf
     content = {"about": about, "seed": seed, "passed": not failed, "speeds": speeds, "rows": kept}
     (out / "verify.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Data sets as they lie on the disk: annotation formats and their faults, the download, the data that the project draws itself."""
