@@ -1,7 +1,7 @@
 """``python -m base bench --part P``: measure one part of the benchmark on this machine against its limits.
 
 Exit code 0 when every bound is kept, 1 when one is missed. A part is a module with ``PART`` (what it times and where the
-clock starts and stops) and ``measure(log) -> list[Figure]``, or a function of `base.tools.bench_parts`.
+clock starts and stops) and ``measure(log, names of backends) -> list[Figure]``, or a function of `base.tools.bench_parts`.
 """
 
 import argparse
@@ -18,8 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from base.backends import DEFAULT_BACKEND
+
 COMPONENTS = ("loader", "matcher", "loss", "decoder", "evaluator", "step")  # functions of base.tools.bench_parts
-PARTS = ("index", *COMPONENTS)
+MODULES = {"index": "bench_index", "predict": "bench_predict", "large_image": "bench_large"}  # parts with a module of their own
+PARTS = (*MODULES, *COMPONENTS)
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ def table(figures: list[Figure]) -> str:
 
 def chosen(part: str, names: list[str] | None) -> tuple[str, Callable]:
     """What a part times, and the function that measures it; only its module is imported."""
-    if part == "index":
-        module = importlib.import_module("base.tools.bench_index")
-        return module.PART, module.measure
+    if part in MODULES:
+        module = importlib.import_module(f"base.tools.{MODULES[part]}")
+        return module.PART, lambda log: module.measure(log, names or [DEFAULT_BACKEND])
     from base.backend import list_backends, load_backend
 
     function = getattr(importlib.import_module("base.tools.bench_parts"), part)
@@ -90,7 +93,8 @@ def chosen(part: str, names: list[str] | None) -> tuple[str, Callable]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, required=True, help="what to measure")
-    parser.add_argument("--name", nargs="+", metavar="BACKEND", default=None, help="backends to compare (default: all that run on the CPU)")
+    who = "backends to compare (default: components of all that run on the CPU, else the default backend)"
+    parser.add_argument("--name", nargs="+", metavar="BACKEND", default=None, help=who)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     options = parser.parse_args(arguments)
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in training (base.tools.launch); torch is not loaded yet

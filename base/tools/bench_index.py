@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,7 @@ def generate(file: Path, images: int, boxes: int, log: Callable[[str], None], po
         out.write('], "categories": ' + json.dumps([{"id": key, "name": f"class {key}"} for key in category_ids]) + "}")
 
 
-def measure(log: Callable[[str], None]) -> list[Figure]:
+def measure(log: Callable[[str], None], names: Sequence[str] = ()) -> list[Figure]:
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
