@@ -14,5 +14,9 @@ fi
 for file in */backend.py; do
     [[ $file == base/* ]] || python3 prepare.py --name "${file%/*}" --with-tests
 done
+# Most of the time goes into processes that start and train on one thread: a file of tests on each core.
+cores=$(env -u OMP_NUM_THREADS nproc)
+files_at_once=$((cores < 4 ? cores : 4))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / files_at_once))}
 active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
-exec "${active:-$root/.venv}/bin/python" -m pytest "${select[@]}" "$@"
+exec "${active:-$root/.venv}/bin/python" -m pytest -n "$files_at_once" --dist loadfile --no-loadscope-reorder --durations 40 "${select[@]}" "$@"
