@@ -15,8 +15,8 @@ AREA_CLASSES = {"small": 0, "medium": 32**2, "large": 96**2}  # COCO's: from so 
 RATIOS = {"under 1:4": 0, "1:4 to 1:2": 1 / 4, "1:2 to 1:1.4": 1 / 2, "1:1.4 to 1.4:1": 0.5**0.5, "1.4:1 to 2:1": 2**0.5,
           "2:1 to 4:1": 2, "over 4:1": 4}  # width : height, from  # fmt: skip
 BY_FORCE = (
-    f"A box that overlaps no default box by more than {THRESHOLD} is matched only by force, to the one that it overlaps most: "
-    "it trains a single, badly fitting default box. Where such boxes are many, a larger image or smaller strides help."
+    "A box that does not fit is matched only by force, to the one default box that it overlaps most, however badly; "
+    "where many do not, training sees few and poor positives: try a larger image or smaller strides."
 )
 
 

@@ -18,7 +18,7 @@ from base.config import Config
 from base.errors import UserError
 from base.index import AnnotationIndex
 from data_sets.coco_json import EXAMPLES
-from data_sets.coverage import BY_FORCE, model_boxes
+from data_sets.coverage import BY_FORCE, THRESHOLD, model_boxes
 from data_sets.look_page import MOST_SAMPLES, data_page
 from data_sets.pack import faults, parts_of
 from data_sets.survey import CHECKED, REFUSED, Part, class_table, ends, facts_table, fit_table, look
@@ -47,10 +47,11 @@ def files_report(part: Part) -> list[str]:
     return lines
 
 
-def default_boxes_line(defaults: DefaultBoxes, image_size: tuple[int, int], strides: Sequence[int]) -> str:
-    """What default boxes the figures are about."""
+def meaning_of_fit(defaults: DefaultBoxes, image_size: tuple[int, int], strides: Sequence[int]) -> str:
+    """What the tables call a fit, and of what default boxes."""
     levels = ", ".join(f"{rows}×{columns}" for rows, columns in defaults.feature_sizes)
-    return f"{len(defaults):,} default boxes of image size {image_size[0]}×{image_size[1]}, strides {' '.join(map(str, strides))}, on {levels}"
+    what = f"image size {image_size[0]}×{image_size[1]}, strides {' '.join(map(str, strides))}: {len(defaults):,} on {levels}"
+    return f"A box fits if it has a default box at an IoU above {THRESHOLD} ({what})"
 
 
 def main(arguments: list[str]) -> int:
@@ -78,15 +79,14 @@ def main(arguments: list[str]) -> int:
         index = AnnotationIndex.open(annotations, log=lambda line: print(line, file=sys.stderr, flush=True))
         parts.append(look(part, index, images, defaults, flags.check_images == "all", flags.seed, quiet))
 
-    console, about = Console(highlight=False), default_boxes_line(defaults, size, flags.strides)
+    console, about = Console(highlight=False), meaning_of_fit(defaults, size, flags.strides)
     show(*facts_table(parts), console)
     head, rows = class_table(parts)
     show(head, ends(rows, CLASSES_SHOWN), console)
-    print(f"fit: boxes that overlap one of {about} by more than 0.5\n")
+    print(f"{about}. {BY_FORCE}\n")
     show(*fit_table(parts, size), console)
-    print(BY_FORCE)
     for part in parts:
-        print("\n".join(map(shown, ["", f"{part.name}, {part.index.annotation_file}", *faults(part.index), *files_report(part)])))
+        print("\n".join(map(shown, [f"{part.name}, {part.index.annotation_file}", *faults(part.index), *files_report(part), ""])))
     out = flags.out or Path("runs") / f"data-{name}" / "index.html"
     page = data_page(name, parts, size, about, flags.samples, flags.seed).encode()
     try:
@@ -94,5 +94,5 @@ def main(arguments: list[str]) -> int:
         out.write_bytes(page)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
-    print(f"\npage: {out} ({len(page) / 1e6:.1f} MB)")
+    print(f"page: {out} ({len(page) / 1e6:.1f} MB)")
     return 1 if any(kind in part.bad for part in parts for kind in REFUSED) else 0

@@ -1,5 +1,6 @@
 """The page of ``python -m base data``: its tables as charts, and sample images with their boxes."""
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,29 +24,30 @@ STYLE = """<style>
 .forced { stroke-dasharray: 5 4; }
 .picture svg { filter: drop-shadow(0 0 1px #000) drop-shadow(0 0 1px #000); }
 .picture text { fill: #fff; font: 600 13px/1 system-ui, sans-serif; }
-.legend svg { width: 3rem; height: .8rem; margin: 0 .3rem 0 1rem; vertical-align: middle; }
+.legend svg { width: 3rem; height: .8rem; margin: 0 .35rem 0 0; vertical-align: middle; }
+.legend span { margin-right: 1.2rem; white-space: nowrap; }
 .legend path { fill: none; stroke: var(--text); stroke-width: 2; }
 </style>"""
 
 
 def data_page(name: str, parts: Sequence[Part], image_size: tuple[int, int], about: str, samples: int, seed: int) -> str:
-    """The whole page. ``about`` says whose default boxes they are."""
+    """The whole page. ``about`` says what “fit” means."""
     first, (head, rows) = parts[0], class_table(parts)
     body = [
         STYLE,
         f'<p class="soft">{escape(first.index.annotation_file.parent)}</p>',
         '<h2>What it holds</h2><div class="beside">',
         table(*facts_table(parts)),
-        bar_chart(f"Boxes an image, {first.name}", [(name, [n], f"{n:,} images") for name, n in by_count(first.boxes_an_image)]),
-        f'</div><h2>Classes</h2><p>The commonest first. “fit”: see default boxes, below.</p><div class="beside">{table(head, ends(rows, ROWS))}',
+        bar_chart(f"Images by their number of boxes, {first.name}", [(name, [n], f"{n:,}") for name, n in by_count(first.boxes_an_image)]),
+        "</div><h2>Classes</h2><p>The commonest first. “fit”: the share of boxes that have a fitting default box, see below.</p>",
+        f'<div class="beside">{table(head, ends(rows, ROWS))}',
         class_chart(first),
-        f"</div><h2>Default boxes</h2><p>How many boxes overlap one of {escape(about)} by more than 0.5. {escape(BY_FORCE)}</p>",
-        f'<div class="beside">{table(*fit_table(parts, image_size))}',
+        f'</div><h2>Default boxes</h2><p>{escape(about)}. {escape(BY_FORCE)}</p><div class="beside">',
     ]
     for title, some in list(first.groups(image_size).items())[1:]:
         bars = [(group.name, [group.fit, group.boxes - group.fit], f"{group.boxes:,} boxes, {group.share} fit") for group in some if group.boxes]
-        body.append(bar_chart(f"{first.name}, {title}", bars, ["a default box fits", "only by force"]))
-    body += ["</div><h2>Not as they should be</h2>", *map(faults_of, parts)]
+        body.append(bar_chart(f"{first.name}, {title}", bars, ["fit", "matched only by force"]))
+    body += [f"</div>{table(*fit_table(parts, image_size))}<h2>Not as they should be</h2>", *map(faults_of, parts)]
     if samples:
         shares = (samples - samples // 4, samples // 4)  # of train and val
         figures = [figure for part, share in zip(parts, shares, strict=True) for figure in sample_figures(part, share, samples, seed)]
@@ -60,7 +62,7 @@ def data_page(name: str, parts: Sequence[Part], image_size: tuple[int, int], abo
 
 def key(kind: str, text: str) -> str:
     """One entry of the legend."""
-    return f'<svg viewBox="0 0 48 12" aria-hidden="true"><path class="{kind}" d="M1 6h46"/></svg>{text}'
+    return f'<span><svg viewBox="0 0 48 12" aria-hidden="true"><path class="{kind}" d="M1 6h46"/></svg>{text}</span>'
 
 
 def by_count(counts: np.ndarray) -> list[tuple[str, int]]:
@@ -74,7 +76,7 @@ def by_count(counts: np.ndarray) -> list[tuple[str, int]]:
 
 def class_chart(part: Part) -> str:
     """Boxes of the commonest and the rarest classes."""
-    counts = np.bincount(part.index.labels, minlength=len(part.index.category_ids) + 1)[1:]
+    counts = part.boxes_a_class
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
     some = order if len(order) <= BARS else [*order[: BARS // 2], *order[-BARS // 2 :]]
     title = f"Boxes a class, {part.name}" + ("" if len(order) <= BARS else f": the {BARS // 2} commonest, then the {BARS // 2} rarest")
@@ -90,13 +92,17 @@ def faults_of(part: Part) -> str:
     ]
     found += [folded(f"image files: {len(files):,} × {kind}", files[:EXAMPLES]) for kind, files in sorted(part.bad.items())]
     read = f"{part.checked:,} of {len(part.index):,} image files were read."
+    names = [name for name, count in zip(part.index.category_names, part.boxes_a_class, strict=True) if not count]
+    if names:
+        found.append(folded(f"classes without a box: {len(names):,}", [shown(name, 40) for name in names[:ROWS]]))
     return f'<h3>{part.name}</h3><p class="soft">{read}</p>{"".join(found) or "<p>Nothing found.</p>"}'
 
 
 def sample_figures(part: Part, count: int, all_samples: int, seed: int) -> list[str]:
     """Up to ``count`` images with their boxes drawn: of each class not seen yet, the rarest first, one that shows the most new classes."""
     index, rng = part.index, np.random.default_rng(seed)
-    images_of = {label: part.image_of_box[index.labels == label] for label in np.unique(index.labels).tolist()}
+    image_of_box = part.image_of_box
+    images_of = {label: image_of_box[index.labels == label] for label in np.unique(index.labels).tolist()}  # as often as it has boxes
     figures: dict[int, str] = {}
     seen: set[int] = set()
 
@@ -104,21 +110,19 @@ def sample_figures(part: Part, count: int, all_samples: int, seed: int) -> list[
         return set(index.ltrb(image)[1].tolist())
 
     def take(image: int) -> None:
-        if len(figures) < count and image not in figures:
-            try:
-                figures[image] = figure_of(part, image, all_samples)
-            except BadImage:  # `look` names those that it read
-                return
+        with contextlib.suppress(BadImage):  # `look` names those that it read
+            figures[image] = figure_of(part, image, all_samples)
             seen.update(labels(image))
 
     for label in sorted(images_of, key=lambda label: len(images_of[label])):
-        if label not in seen:
+        if label not in seen and len(figures) < count:
             some = rng.choice(images_of[label], TRIES).tolist()
             take(max(some, key=lambda image: len(labels(image) - seen)))
     for image in rng.permutation(np.flatnonzero(part.boxes_an_image)).tolist():
         if len(figures) == count:
             break
-        take(image)
+        if image not in figures:
+            take(image)
     return list(figures.values())
 
 

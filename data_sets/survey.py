@@ -40,6 +40,10 @@ class Part:
         return np.diff(self.index.first_box)
 
     @property
+    def boxes_a_class(self) -> np.ndarray:
+        return np.bincount(self.index.labels, minlength=len(self.index.category_ids) + 1)[1:]
+
+    @property
     def image_of_box(self) -> np.ndarray:
         return np.repeat(np.arange(len(self.index)), self.boxes_an_image)
 
@@ -65,10 +69,13 @@ def look(name: str, index: AnnotationIndex, images: Path, defaults: DefaultBoxes
     if not check_all and len(index) > CHECKED:
         which = sorted(np.random.default_rng(seed).choice(len(index), CHECKED, replace=False).tolist())
     bad: dict[str, list[str]] = {}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))  # decoding releases the interpreter's lock
+    try:
         files = pool.map(lambda i: fault_of(images, index.file_name(i), tuple(index.sizes[i].tolist())), which)
         for kind, text in filter(None, bar(files, len(which), "image files")):
             bad.setdefault(kind, []).append(text)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     return Part(name, index, images, boxes, fits(np.concatenate(best)), len(which), bad)
 
 
@@ -88,7 +95,6 @@ def fault_of(folder: Path, file_name: str, size: tuple[int, int]) -> tuple[str, 
 def facts(part: Part) -> dict[str, str]:
     """What a part holds, in figures."""
     index, counts = part.index, part.boxes_an_image
-    labels = np.bincount(index.labels, minlength=len(index.category_ids) + 1)[1:]
     heights, widths = index.sizes.T
     spans = {"width of an image, pixels": widths, "height of an image, pixels": heights, "boxes an image": counts}
     return {
@@ -96,8 +102,8 @@ def facts(part: Part) -> dict[str, str]:
         "images with boxes": f"{int((counts > 0).sum()):,}",
         "boxes": f"{len(index.boxes):,}",
         "of them crowd": f"{int(index.crowd.sum()):,}",
-        "classes": f"{len(labels):,}",
-        "classes without a box": f"{int((labels == 0).sum()):,}",
+        "classes": f"{len(index.category_ids):,}",
+        "classes without a box": f"{int((part.boxes_a_class == 0).sum()):,}",
         **{name: f"{values.min():,} to {values.max():,}, median {np.median(values):,.0f}" for name, values in spans.items()},
         "boxes an image, mean": f"{counts.mean():.2f}",
     }

@@ -24,15 +24,18 @@ p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
 .soft, figcaption, li { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
 .beside { display: grid; gap: 1rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); align-items: start; }
 .beside > * { min-width: 0; }
-.scroll { overflow: auto; max-height: 32rem; }
+.beside h3 { margin-top: .2rem; }
+.scroll { overflow: auto; max-height: 48rem; margin-top: .6rem; }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .22rem .9rem .22rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); font-weight: 400; }
 th:first-child { text-align: left; min-width: 7rem; overflow-wrap: anywhere; }
+.heads { color: var(--soft); padding-top: .8rem; }
 td { font-variant-numeric: tabular-nums; }
 thead th { color: var(--soft); position: sticky; top: 0; background: var(--back); }
 summary { cursor: pointer; padding: .2rem 0; overflow-wrap: anywhere; }
 ul { margin: .2rem 0 .6rem; padding-left: 2rem; }
 figure { margin: 0; min-width: 0; }
+figcaption { padding-top: .35rem; line-height: 1.35; }
 .chart svg { display: block; width: 100%; overflow: visible; }
 .chart text { fill: var(--text); font-size: 14px; }
 .chart .note { fill: var(--soft); }
@@ -70,11 +73,18 @@ def page(title: str, body: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; the first column names the row. A large one scrolls by itself."""
+    """A table; the first column names the row, and a row with nothing else heads those below. A large one scrolls by itself."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    lines = (f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in others)}</tr>' for first, *others in rows)
-    body = "\n".join(lines)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    lines = []
+    for first, *others in rows:
+        kind = 'scope="row"' if any(others) else f'class="heads" colspan="{len(head)}"'
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others if any(others))
+        lines.append(f"<tr><th {kind}>{escape(first)}</th>{cells}</tr>")
+    label, body = escape(" ".join(head).strip()), "\n".join(lines)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{top}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def folded(summary: str, lines: Sequence[str]) -> str:
