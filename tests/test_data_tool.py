@@ -64,7 +64,7 @@ def test_the_nearest_centres_give_what_all_default_boxes_give(image_size, stride
     best = np.concatenate(list(best_overlaps(boxes, defaults)))
     expected = iou(torch.from_numpy(boxes), defaults.ltrb).max(1).values.numpy()
     np.testing.assert_allclose(best, expected, rtol=0, atol=1e-6)
-    assert 20 < fits(best).sum() < 280
+    assert (fits(best) == (expected > 0.5)).all() and 20 < fits(best).sum() < 280
 
 
 def test_a_box_that_does_not_fit_is_matched_once():
