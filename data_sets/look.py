@@ -55,13 +55,14 @@ def meaning_of_fit(defaults: DefaultBoxes, image_size: tuple[int, int], strides:
 
 
 def main(arguments: list[str]) -> int:
-    fields = Config.model_fields
+    usual = Config()
+    words = lambda values: " ".join(map(str, values))  # noqa: E731
     parser = argparse.ArgumentParser(prog="python -m base data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="the data set's folder")
-    parser.add_argument("--image_size", "--image-size", type=int, nargs=2, metavar=("H", "W"), default=fields["image_size"].default,
-                        help="of the model whose default boxes are meant (default: 300 300)")  # fmt: skip
-    parser.add_argument("--strides", type=int, nargs=6, metavar="S", default=fields["strides"].default,
-                        help="of that model, as in training (default: 1 1 2 2 2 1)")  # fmt: skip
+    parser.add_argument("--image_size", "--image-size", type=int, nargs=2, metavar=("H", "W"), default=usual.image_size,
+                        help=f"of the model whose default boxes are meant (default: {words(usual.image_size)})")  # fmt: skip
+    parser.add_argument("--strides", type=int, nargs=6, metavar="S", default=usual.strides,
+                        help=f"of that model, as in training (default: {words(usual.strides)})")  # fmt: skip
     parser.add_argument("--check_images", "--check-images", choices=("sample", "all"), default="sample",
                         help=f"read {CHECKED} image files of each part, or all (default: %(default)s)")  # fmt: skip
     parser.add_argument("--samples", type=int, default=24, help="images on the page (default: %(default)s)")

@@ -21,9 +21,9 @@ BARS = 20  # of the chart of classes
 TRIES = 16  # images among which the one with the most new classes is taken
 STYLE = """<style>
 .picture path { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
-.forced { stroke-dasharray: 5 4; }
-.picture svg { filter: drop-shadow(0 0 1px #000) drop-shadow(0 0 1px #000); }
-.picture text { fill: #fff; font: 600 13px/1 system-ui, sans-serif; }
+.forced { stroke-dasharray: 7 6; }
+.picture svg { filter: drop-shadow(0 0 1px #000); }
+.picture text { fill: #fff; font: 600 13px/1 system-ui, sans-serif; paint-order: stroke; stroke: #000; stroke-width: 2px; }
 .legend svg { width: 3rem; height: .8rem; margin: 0 .35rem 0 0; vertical-align: middle; }
 .legend span { margin-right: 1.2rem; white-space: nowrap; }
 .legend path { fill: none; stroke: var(--text); stroke-width: 2; }
@@ -137,7 +137,7 @@ def figure_of(part: Part, image: int, all_samples: int) -> str:
     paths, names = [], []
     for place, number in enumerate(order.tolist()):  # the small ones on top
         left, top, right, bottom = boxes[number].tolist()
-        colour = f"hsl({labels[number] * 137.5 % 360:.0f} 95% 62%)"
+        colour = f"hsl({labels[number] * 137.5 % 360:.0f} 95% 68%)"
         kind = "" if fit[number] else ' class="forced"'
         paths.append(f'<path{kind} stroke="{colour}" d="M{left:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{left:.1f}z"/>')
         if place < NAMES_DRAWN:
@@ -147,7 +147,7 @@ def figure_of(part: Part, image: int, all_samples: int) -> str:
     counted = [(shown(index.category_names[label - 1], 40), int((labels == label).sum())) for label in np.unique(labels).tolist()]
     listed = ", ".join(f"{n} {name}" for name, n in counted[:20]) + (f" and {len(counted) - 20} more classes" if len(counted) > 20 else "")
     forced = int((~fit).sum())
-    notes = f"{width}×{height}, {part.name}; {listed}" + (f"; {forced} only by force" if forced else "")
+    notes = f"{width}×{height}, {part.name}; {listed}" + (f"; {forced} of {len(labels)} boxes matched only by force" if forced else "")
     notes += f"; the {len(order)} largest of {len(labels)} boxes are drawn" if len(order) < len(labels) else ""
     file = shown(index.file_name(image), 80)
     return (

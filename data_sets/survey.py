@@ -20,6 +20,7 @@ from pages.html import shown
 
 CHECKED = 200  # image files of a part that are read if not all are
 REFUSED = ("missing", "unreadable", "another aspect ratio than recorded")  # by training; the boxes fit what has only another size
+LONGEST = 300  # characters about one file
 SCALED = "another size than recorded, same aspect ratio: used"
 
 
@@ -86,9 +87,9 @@ def fault_of(folder: Path, file_name: str, size: tuple[int, int]) -> tuple[str, 
     except BadImage as error:
         cause = error.__cause__  # the reader's own finding, the aspect ratio, has none
         kind = REFUSED[2] if cause is None else REFUSED[0] if isinstance(cause, FileNotFoundError) else REFUSED[1]
-        return kind, f"{file_name}: {error.reason}"
+        return kind, shown(f"{file_name}: {error.reason}", LONGEST)
     if (picture.height, picture.width) != size:
-        return SCALED, f"{file_name}: is {picture.width}×{picture.height}, but the annotations say {size[1]}×{size[0]}"
+        return SCALED, shown(f"{file_name}: is {picture.width}×{picture.height}, but the annotations say {size[1]}×{size[0]}", LONGEST)
     return None
 
 

@@ -110,10 +110,11 @@ def bar_chart(caption: str, rows: Sequence[tuple[str, Sequence[float], str]], se
             drawn.append(f'<rect class="s{place}" x="{left:.3f}%" y="{y + 21}" width="{width:.3f}%" height="9"/>')
             left += width
     keys = "".join(f'<span class="key s{place}"></span>{escape(name)}' for place, name in enumerate(series))
+    legend = f"<figcaption>{keys}</figcaption>" if series else ""
     spoken = escape(f"{caption}: " + "; ".join(f"{label} {note}" for label, _, note in rows))
     return (
         f'<figure class="chart"><h3>{escape(caption)}</h3><svg role="img" aria-label="{spoken}" height="{len(rows) * 38}">{"".join(drawn)}</svg>'
-        f"<figcaption>{keys}</figcaption></figure>"
+        f"{legend}</figure>"
     )
 
 
