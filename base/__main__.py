@@ -15,6 +15,7 @@ TOOLS = {
     "verify": ("conformance.verify", "hold every component of a backend to the reference"),
     "new-backend": ("base.tools.new_backend", "write the folder of a new backend, which trains the demo as it stands"),
     "demo-data": ("data_sets.demo_data", "draw the embedded demo data set"),
+    "data": ("data_sets.look", "what a data set holds, what is broken in it and how default boxes fit it, with a page to look at"),
     "index": ("data_sets.pack", "pack a data set's annotations and report what was dropped or mended"),
 }
 

@@ -11,8 +11,6 @@ from base.errors import UserError
 from base.index import AnnotationIndex
 from data_sets.coco_json import GET_DATA
 
-FILES = ("instances_train2017.json", "instances_val2017.json")
-
 
 def describe(index: AnnotationIndex, seconds: float) -> str:
     """A few lines about one index: its counts, and every row of its report with examples."""
@@ -23,24 +21,34 @@ def describe(index: AnnotationIndex, seconds: float) -> str:
         "classes": f"{len(index.category_ids):,}",
         "index": f"{index.origin} in {seconds:.2f} s, {index.stored_in}",
     }
-    lines = [str(index.annotation_file), *(f"  {name:8} {value}" for name, value in counts.items())]
+    return "\n".join([str(index.annotation_file), *(f"  {name:8} {value}" for name, value in counts.items()), *faults(index)])
+
+
+def faults(index: AnnotationIndex) -> list[str]:
+    """Lines about what was dropped or mended, with examples."""
+    lines = []
     for kind in ("dropped", "mended"):
         rows = index.report[kind]
         lines.append(f"  {kind:8} {sum(row['count'] for row in rows.values()):,}")
         for reason, row in sorted(rows.items()):
             lines += [f"    {row['count']:,} × {reason}", *(f"      {example}" for example in row["examples"])]
-    return "\n".join(lines)
+    return lines
+
+
+def parts_of(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """train, val → the annotation file and the folder of images. Raises UserError if the folder is no data set."""
+    annotations = folder / "annotations"
+    if not annotations.is_dir():
+        raise UserError(f"there is no folder {annotations}; name the data set's folder, or {GET_DATA}")
+    return {part: (annotations / f"instances_{part}2017.json", folder / f"{part}2017") for part in ("train", "val")}
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base index", description=__doc__)
     parser.add_argument("--data_dir", "--data-dir", type=Path, required=True, help="COCO folder: annotations/, train2017/, val2017/")
     options = parser.parse_args(arguments)
-    folder = options.data_dir / "annotations"
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; name the data set's folder with --data_dir, or {GET_DATA}")
-    for name in FILES:
+    for annotations, _ in parts_of(options.data_dir).values():
         began = time.perf_counter()
-        index = AnnotationIndex.open(folder / name, log=lambda line: print(line, file=sys.stderr, flush=True))
+        index = AnnotationIndex.open(annotations, log=lambda line: print(line, file=sys.stderr, flush=True))
         print(describe(index, time.perf_counter() - began), flush=True)
     return 0
