@@ -176,7 +176,7 @@ def found_in(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists() and (step := ITERATION.fullmatch(path.name)):
         path = step_path(path.parent, int(step[1]))
-    if not path.exists() and (kept := sorted(file.name for file in path.parent.glob("*.pt"))):
+    if not path.exists() and path.parent.name == "checkpoints" and (kept := sorted(file.name for file in path.parent.glob("*.pt"))):
         raise UserError(f"{path} does not exist; {path.parent} has {', '.join(kept)} (--keep_checkpoints says how many are kept)")
     if not path.is_dir():
         return path
