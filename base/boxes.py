@@ -1,6 +1,5 @@
 """Default boxes and box arithmetic that every backend shares. NumPy and torch only, on any device."""
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -56,14 +55,15 @@ def default_boxes(image_size: tuple[int, int], feature_sizes: tuple[tuple[int, i
         for ratio in ASPECT_RATIOS[level]:
             wide, narrow = small * math.sqrt(ratio), small / math.sqrt(ratio)
             shapes += [(wide, narrow), (narrow, wide)]
-        pitch_y, pitch_x = pitches[level]
-        cells = itertools.product(range(r), range(c), shapes)
-        boxes = [((x + 0.5) * pitch_x, (y + 0.5) * pitch_y, w, h) for y, x, (w, h) in cells]
-        levels.append(torch.tensor(boxes, dtype=torch.float64))
-        numbers = torch.arange(start, start + len(boxes)).reshape(r, c, len(shapes))
+        y, x = ((torch.arange(cells, dtype=torch.float64) + 0.5) * pitch for cells, pitch in zip((r, c), pitches[level], strict=True))
+        boxes = torch.empty(r, c, len(shapes), 4, dtype=torch.float64)
+        boxes[..., 0], boxes[..., 1] = x[:, None], y[:, None, None]
+        boxes[..., 2:] = torch.tensor(shapes, dtype=torch.float64)
+        levels.append(boxes.clamp_(0, 1).float().flatten(0, 2))
+        numbers = torch.arange(start, start + len(levels[-1])).reshape(r, c, len(shapes))
         orders.append(numbers.permute(2, 0, 1).flatten())
-        start += len(boxes)
-    xywh = torch.cat(levels).clamp_(0, 1).float()
+        start += len(levels[-1])
+    xywh = torch.cat(levels)
     return DefaultBoxes(xywh, xywh_to_ltrb(xywh), torch.cat(orders), tuple(map(tuple, feature_sizes)))
 
 

@@ -17,6 +17,7 @@ from base.weights import from_mlperf, is_mlperf, read_tensors
 FORMAT = 1
 ARCHITECTURE = ("backbone", "image_size", "strides")  # keys of the configuration that fix the shape of the weights
 NAME = re.compile(r"step-(\d{9})\.pt")
+ITERATION = re.compile(r"iter_(\d{1,9})(?:\.pt)?")
 
 
 @dataclass
@@ -168,14 +169,24 @@ def read_weights(path: Path) -> tuple[dict, dict | None]:
 
 
 def found_in(path: str | Path) -> Path:
-    """A checkpoint's file: itself, or of a run's folder (or its folder checkpoints/) the best, else the latest. Raises UserError."""
+    """A checkpoint's file: itself, or of a run's folder (or its folder checkpoints/) the best, else the latest; of stages the last one's.
+
+    ``RUN/iter_N``, as MLPerf's reference names them, is the checkpoint of a run after N steps. Raises UserError if there is none.
+    """
     path = Path(path)
+    if not path.exists() and (step := ITERATION.fullmatch(path.name)):
+        path = step_path(path.parent, int(step[1]))
+    if not path.exists() and path.parent.name == "checkpoints" and (kept := sorted(file.name for file in path.parent.glob("*.pt"))):
+        raise UserError(f"{path} does not exist; {path.parent} has {', '.join(kept)} (--keep_checkpoints says how many are kept)")
     if not path.is_dir():
         return path
     run = path.parent if path.name == "checkpoints" else path
     best = run / "checkpoints" / "best.pt"
     if found := [best] * best.is_file() or listed(run):
         return found[0]
+    for stage in sorted(run.glob("stage-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True):
+        if (stage / "checkpoints").is_dir():
+            return found_in(stage)
     raise UserError(f"{path} has no checkpoint in it")
 
 

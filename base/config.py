@@ -55,7 +55,7 @@ class Config(BaseModel):
     backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet34"  # a ResNet of torchvision
     backbone_path: str | None = None  # torchvision weights of the backbone; null: random initial weights
     checkpoint: str | None = None  # weights to begin with, of any image size, strides or classes: a file, or a run's folder
-    image_size: tuple[Count, Count] = (300, 300)  # pixels: height, width
+    image_size: tuple[Count, Count] = (300, 300)  # pixels: height, width, of any ratio, up to 8192
     strides: tuple[Count, Count, Count, Count, Count, Count] = (1, 1, 2, 2, 2, 1)  # of offset heads, class heads and four blocks
 
     # Data

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from base.backends import DEFAULT_BACKEND
 from base.errors import UserError
 
 
@@ -85,6 +86,17 @@ def devices_here(kind: str) -> int | None:
 def device_names(kind: str) -> list[str]:
     """What the driver calls this machine's devices of a type that `devices_here` found; the CPU has none."""
     return [] if kind == "cpu" else [torch.get_device_module(kind).get_device_name(index) for index in range(devices_here(kind))]
+
+
+def device_for(backend, wanted: str) -> str:
+    """The torch device type that a user wants, or with ``auto`` a backend. Raises UserError if this machine has none, or another vendor's."""
+    kind = device_type(wanted if wanted != "auto" else backend.device)
+    if devices_here(kind) == 0:
+        needs = f"backend {backend.name} needs a {kind} device and this machine has none"
+        lacks = needs if wanted == "auto" else f"this machine has no {kind} device"
+        raise UserError(f"{lacks}; --name {DEFAULT_BACKEND} runs here, and --device cpu takes what {backend.name} does on a CPU")
+    check_cards(backend, device_names(kind))
+    return kind
 
 
 def check_cards(backend, names: list[str]) -> None:

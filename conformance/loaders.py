@@ -12,7 +12,7 @@ from PIL import Image
 from base.backend import Backend
 from base.contracts import FIGURES, Batch, Detections, Evaluator
 from base.index import AnnotationIndex
-from conformance.parts import GOLDEN, Found, Kit, NotChecked, golden, wrong
+from conformance.parts import GOLDEN, LARGE, Found, Kit, NotChecked, golden, wrong
 
 SIZE = (96, 128)  # height and width of the samples
 IMAGES, EMPTY = 43, 3  # pictures, of them without boxes
@@ -64,7 +64,7 @@ def unequal(got: list[Batch], want: list[Batch], first: int = 0) -> float:
     return len(got.keys() ^ want.keys()) + sum(not all(map(torch.equal, got[key][first:], want[key][first:])) for key in got.keys() & want.keys())
 
 
-def malformed(batches: list[Batch]) -> float:
+def malformed(batches: list[Batch], size: tuple[int, int] = SIZE) -> float:
     """Facts about shapes, types and padding that `base.contracts.Batch` states and that do not hold."""
     count = 0.0
     for images, boxes, labels, keys, sizes in batches:
@@ -72,7 +72,7 @@ def malformed(batches: list[Batch]) -> float:
         real = labels > 0
         some = boxes[real]
         count += wrong(
-            images=images.dtype == torch.uint8 and images.shape == (n, *SIZE, 3),
+            images=images.dtype == torch.uint8 and images.shape == (n, *size, 3),
             boxes=boxes.dtype == torch.float32 and boxes.shape == (n, m, 4) and not boxes[~real].any(),
             labels=labels.dtype == torch.int64 and m >= 1 and bool((labels <= 3).all() and (real.int().diff(dim=1) <= 0).all()),
             ids=keys.dtype == torch.int64 and keys.shape == (n,),
@@ -169,6 +169,30 @@ def evaluation_samples(kit: Kit) -> Found:
     yield "two ranks", abs(twice) + unequal([*parts[0], *parts[1]], own), 0
 
 
+def of_large_images(slot: str, kit: Kit) -> Found:
+    """The first batch of each size."""
+    trains = slot == "train_loader"
+    given = {**pictures(kit), "batch_size": 2, "workers": 0} | ({"seed": kit.seed} if trains else {})
+    for name, (size, _) in LARGE.items():
+        loaders = [getattr(backend, slot)(**{**given, "image_size": size}) for backend in (kit.backend, kit.reference)]
+        own, plain = ([Batch(*(field.cpu() for field in next(iter(loader))))] for loader in loaders)
+        yield f"{name}: form of batches", malformed(own, size), 0
+        if trains and hasattr(loaders[0], "state_dict"):
+            continue
+        yield f"{name}: boxes, labels and sizes", unequal(own, plain, first=1), 0
+        mean, most = pixel_errors(own, plain)
+        yield f"{name}: pixels, mean of the worst image", mean, 1.5 if trains else 1
+        yield f"{name}: pixels, 99.9th percentile", most, 10 if trains else 3
+
+
+def training_samples_of_large_images(kit: Kit) -> Found:
+    return of_large_images("train_loader", kit)
+
+
+def evaluation_samples_of_large_images(kit: Kit) -> Found:
+    return of_large_images("eval_loader", kit)
+
+
 def judged(make: Callable, file: Path, batches: list[tuple]) -> Evaluator:
     evaluator = make(file)
     for batch in batches:
@@ -246,8 +270,8 @@ def timed_evaluator(kit: Kit, backend: Backend) -> Callable:
 
 
 CHECKS = {
-    "train_loader": (training_samples, training_is_pure),
-    "eval_loader": (evaluation_samples,),
+    "train_loader": (training_samples, training_is_pure, training_samples_of_large_images),
+    "eval_loader": (evaluation_samples, evaluation_samples_of_large_images),
     "evaluator": (coco_golden, coco_random),
 }
 SPEEDS = {**{slot: partial(timed_loader, slot) for slot in ("train_loader", "eval_loader")}, "evaluator": timed_evaluator}

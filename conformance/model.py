@@ -18,7 +18,7 @@ from conformance.parts import CLASSES, Found, Kit, NotChecked, apart, golden, ra
 SMALL = {"num_classes": CLASSES, "image_size": (96, 96), "strides": (1,) * 6, "backbone": "resnet18"}
 COCO = {"num_classes": 81, "image_size": (300, 300), "strides": (1, 1, 2, 2, 2, 1), "backbone": "resnet34"}
 LARGE = {**SMALL, "image_size": (1200, 1200), "strides": (3, 3, 2, 2, 2, 2)}
-WIDE = {**SMALL, "image_size": (128, 200)}
+WIDE = {**SMALL, "image_size": (128, 200), "strides": (2, 2, 2, 1, 1, 1)}
 SKIPPED = 20  # steps, at most, that a loss scale may be too large for
 RATES = (0.02, 0.0, 0.005, 0.02, 0.01)
 # Of a step in less than 32 bits: loss, and the length and direction of the way that the weights go (an error of 0.6 is a cosine of 0.82):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from base.backends.reference.model import feature_sizes
 from torch import Tensor
 
 from base.backend import Backend
@@ -22,6 +23,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
 GOLDEN = FOLDER if FOLDER.is_dir() else None  # figures of the MLPerf reference and of pycocotools, in a checkout
 COCO = ((38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1))  # levels at 300×300: 8,732 default boxes
 FEW = ((10, 10), (5, 5), (3, 3), (2, 2), (1, 1), (1, 1))  # 636, more than non-maximum suppression looks at in a class
+LARGE = {"700×700": ((700, 700), (1, 1, 2, 2, 2, 1)), "800×1200": ((800, 1200), (2, 2, 2, 2, 1, 1)), "1200×1200": ((1200, 1200), (3, 3, 2, 2, 2, 2))}
 CLASSES = 5
 NEAR = 1e-6  # overlaps that are nearer than this to each other may be ordered either way
 ROUNDING = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 2e-3}  # relative error of gradients, which come in the predictions' dtype
@@ -61,6 +63,12 @@ def golden(name: str) -> Any:
 
 def boxes_on(kit: Kit, levels: tuple) -> DefaultBoxes:
     return default_boxes((300, 300), levels).to(kit.device)
+
+
+def large_images(kit: Kit) -> Iterator[tuple[str, DefaultBoxes]]:
+    """The sizes and strides that SSD-R34-Large was published with: 46,742, 25,276 and 15,130 default boxes."""
+    for name, (size, strides) in LARGE.items():
+        yield name, default_boxes(size, feature_sizes(size, strides)).to(kit.device)
 
 
 def apart(got: Tensor, want: Tensor) -> float:
@@ -154,6 +162,14 @@ def matching_random(kit: Kit) -> Found:
     yield "the same bits again", apart(again.offsets, got.offsets) + apart(again.labels, got.labels), 0
 
 
+def matching_of_large_images(kit: Kit) -> Found:
+    rng = kit.rng()
+    for name, defaults in large_images(kit):
+        anchors, offsets = mismatched(kit, *map(kit.on, random_truth(rng, 3, 9)), defaults)
+        yield f"{name}: anchors and labels", anchors, 0
+        yield f"{name}: offsets", offsets, 1e-4
+
+
 # Loss
 
 
@@ -223,6 +239,15 @@ def loss_random(kit: Kit) -> Found:
     yield "what is not finite is hidden", hidden, 0
 
 
+def loss_of_large_images(kit: Kit) -> Found:
+    rng = kit.rng()
+    for name, defaults in large_images(kit):
+        case = loss_case(kit, rng, 0.002, 2, len(defaults), torch.float32)
+        got, want = (with_slopes(backend.loss, *case) for backend in (kit.backend, kit.reference))
+        yield f"{name}: loss", abs(got[0].item() / want[0].item() - 1), 1e-4
+        yield f"{name}: gradients", max(map(relative, got[1:], want[1:])), ROUNDING["float32"]
+
+
 # Decoder
 
 
@@ -253,17 +278,21 @@ def predictions_of(rng: np.random.Generator, kit: Kit, defaults: DefaultBoxes, d
     return Predictions(kit.on(rng.normal(0, 1, shapes[0]), dtype), kit.on(rng.normal(0, 2.5, shapes[1]), dtype))
 
 
+def decoded_apart(kit: Kit, predictions: Predictions, defaults: DefaultBoxes, score: float, overlap: float, limit: int) -> float:
+    """The largest difference from the reference. Images whose detections hang on rounding, by its own word, are not compared."""
+    plain = kit.reference.decoder
+    low, high = (plain(predictions, defaults, score * (1 + e), overlap * (1 + 10 * e), limit) for e in (-1e-6, 1e-6))
+    firm = [difference(a, b) == 0 for a, b in zip(low, high, strict=True)]
+    pairs = zip(*(backend.decoder(predictions, defaults, score, overlap, limit) for backend in (kit.backend, kit.reference)), strict=True)
+    return max((difference(*pair) for pair, sure in zip(pairs, firm, strict=True) if sure), default=math.inf)
+
+
 def decoding_random(kit: Kit) -> Found:
-    """Images whose detections hang on rounding, by the reference's own word, are not compared."""
-    rng, defaults, decode, plain = kit.rng(), boxes_on(kit, FEW), kit.backend.decoder, kit.reference.decoder
+    rng, defaults, decode = kit.rng(), boxes_on(kit, FEW), kit.backend.decoder
     for name in kit.backend.dtypes:
         for score, overlap, limit in ((0.05, 0.5, 200), (0.3, 0.45, 5), (0.01, 1.1, 1000)):
-            predictions = predictions_of(rng, kit, defaults, getattr(torch, name))
-            low, high = (plain(predictions, defaults, score * (1 + e), overlap * (1 + 10 * e), limit) for e in (-1e-6, 1e-6))
-            firm = [difference(a, b) == 0 for a, b in zip(low, high, strict=True)]
-            pairs = zip(decode(predictions, defaults, score, overlap, limit), plain(predictions, defaults, score, overlap, limit), strict=True)
-            errors = [difference(*pair) for pair, sure in zip(pairs, firm, strict=True) if sure]
-            yield f"{name}: score > {score}, IoU {overlap}, best {limit}", max(errors, default=math.inf), 1e-4
+            error = decoded_apart(kit, predictions_of(rng, kit, defaults, getattr(torch, name)), defaults, score, overlap, limit)
+            yield f"{name}: score > {score}, IoU {overlap}, best {limit}", error, 1e-4
     predictions = predictions_of(rng, kit, defaults, torch.float32)
     together, again = decode(predictions, defaults), decode(predictions, defaults)
     yield "the same bits again", max(apart(a, b) for pair in zip(together, again, strict=True) for a, b in zip(*pair, strict=True)), 0
@@ -276,6 +305,14 @@ def decoding_random(kit: Kit) -> Found:
     facts["nothing"] = len(decode(Predictions(*(t[1:2] for t in predictions)), defaults)[0].scores) == 0
     facts["no images"] = decode(Predictions(*(t[:0] for t in predictions)), defaults) == []
     yield "not finite, nothing to find, no images", wrong(**facts), 0
+
+
+def decoding_of_large_images(kit: Kit) -> Found:
+    rng = kit.rng()
+    for name, defaults in large_images(kit):
+        predictions = predictions_of(rng, kit, defaults, torch.float32)
+        predictions.logits[..., 0] += 9  # background, as almost everywhere
+        yield f"{name}: detections", decoded_apart(kit, predictions, defaults, 0.05, 0.5, 200), 1e-4
 
 
 def timed_matcher(kit: Kit, backend: Backend) -> Callable:
@@ -295,5 +332,9 @@ def timed_decoder(kit: Kit, backend: Backend) -> Callable:
     return lambda: backend.decoder(predictions, defaults)
 
 
-CHECKS = {"matcher": (matching_golden, matching_random), "loss": (loss_golden, loss_random), "decoder": (decoding_golden, decoding_random)}
+CHECKS = {
+    "matcher": (matching_golden, matching_random, matching_of_large_images),
+    "loss": (loss_golden, loss_random, loss_of_large_images),
+    "decoder": (decoding_golden, decoding_random, decoding_of_large_images),
+}
 SPEEDS = {"matcher": timed_matcher, "loss": timed_loss, "decoder": timed_decoder}

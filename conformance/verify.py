@@ -20,7 +20,7 @@ import torch
 
 from base.backend import ALIASES, SLOTS, Backend, backend_folder, load_backend, nearest
 from base.backends import DEFAULT_BACKEND
-from base.distributed import check_cards, device_names, device_type, devices_here
+from base.distributed import device_for
 from base.errors import UserError
 from base.tools.bench import machine
 from base.tools.bench_parts import interleaved
@@ -157,10 +157,7 @@ def main(arguments: list[str]) -> int:
     use = flag_value("use", flags.use)
     backend = load_backend(flags.name, use)
     wanted = chosen(backend, flags.only, flags.all)
-    kind = device_type(flags.device if flags.device != "auto" else backend.device)
-    if devices_here(kind) == 0:
-        raise UserError(f"this machine has no {kind} device; --device cpu checks what {flags.name} does on a CPU")
-    check_cards(backend, device_names(kind))
+    kind = device_for(backend, flags.device)
     if flags.seed is not None and not 0 <= flags.seed < 1 << 32:
         raise UserError(f"--seed {flags.seed} is not between 0 and {(1 << 32) - 1}")
     seed = secrets.randbelow(1 << 32) if flags.seed is None else flags.seed

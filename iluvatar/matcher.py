@@ -8,14 +8,15 @@ from torch.nn import functional
 from base.boxes import DefaultBoxes, encode, iou
 from base.contracts import Targets
 
-IMAGES = 32  # at once: of COCO's images with up to 93 boxes these take 0.9 GB
+PAIRS = 1 << 24  # of boxes and default boxes that are compared at once: 20 of COCO's fullest images at 300×300, fewer of larger ones
 
 
 def match(boxes: Tensor, labels: Tensor, default_boxes: DefaultBoxes) -> Targets:
     """Boxes float32 (N, M, 4) ltrb and labels int64 (N, M), 0 = padding → Targets; equal to `reference.matcher.match`, ties included."""
     if boxes.shape[1] == 0:
         boxes, labels = functional.pad(boxes, (0, 0, 0, 1)), functional.pad(labels, (0, 1))
-    parts = [match_some(*some, default_boxes) for some in zip(boxes.split(IMAGES), labels.split(IMAGES), strict=True)]
+    images = max(1, PAIRS // (boxes.shape[1] * len(default_boxes)))
+    parts = [match_some(*some, default_boxes) for some in zip(boxes.split(images), labels.split(images), strict=True)]
     return Targets(*map(torch.cat, zip(*parts, strict=True)))
 
 

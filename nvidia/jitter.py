@@ -75,7 +75,7 @@ def jitter_op(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     sums = torch.zeros(len(images), dtype=torch.long, device=images.device)
     if out.numel():
         some = block(images, PIXELS)
-        grid = len(images), triton.cdiv(pixels, some)
+        grid = triton.cdiv(pixels, some), len(images)  # the second may be 65,535 at most
         given = images, factors.contiguous(), order.contiguous(), sums, pixels
         # Each operation rounds by itself, as PIL's do: a fused one could end on the other side of a whole number.
         add_grey[grid](*given, some, enable_fp_fusion=False)
@@ -141,8 +141,8 @@ def changed(red, green, blue, kind, factor, mean):
 @triton.jit
 def add_grey(images, factors, order, sums, pixels, BLOCK: tl.constexpr):
     """Each picture's sum of grey, a whole number, as its contrast finds it: after the changes before that."""
-    image = tl.program_id(0).to(tl.int64)
-    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = number < pixels
     red, green, blue = load_pixels(images + image * pixels * 3, number, inside)
     before = 1
@@ -158,8 +158,8 @@ def add_grey(images, factors, order, sums, pixels, BLOCK: tl.constexpr):
 
 @triton.jit
 def apply_changes(images, factors, order, sums, pixels, out, BLOCK: tl.constexpr):
-    image = tl.program_id(0).to(tl.int64)
-    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = number < pixels
     red, green, blue = load_pixels(images + image * pixels * 3, number, inside)
     mean = tl.floor(tl.load(sums + image).to(tl.float64) / pixels + 0.5).to(tl.float32)

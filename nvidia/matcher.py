@@ -48,7 +48,7 @@ def match_op(boxes: Tensor, labels: Tensor, xywh: Tensor, ltrb: Tensor, mlperf_o
     if images == 0:
         return offsets, classes
     size = block(boxes, BLOCK)
-    grid = (images, triton.cdiv(count, size))
+    grid = (triton.cdiv(count, size), images)  # the second may be 65,535 at most
     # Without fused multiply-add an overlap has the reference's bits, so that ties fall alike.
     given = boxes, labels, ltrb.contiguous()
     find_best[grid](*given, rank, best, most, count, BLOCK=size, enable_fp_fusion=False)
@@ -78,8 +78,8 @@ def overlaps(left, top, right, bottom, defaults, number, inside):
 @triton.jit
 def find_best(boxes, labels, defaults, rank, best, most, count, BLOCK: tl.constexpr):
     """For each box the highest overlap, and the lowest rank with it: together one number, of which the largest wins."""
-    image = tl.program_id(0).to(tl.int64)
-    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = number < count
     order = tl.load(rank + number, mask=inside, other=0)
     for m in range(most):
@@ -94,8 +94,8 @@ def find_best(boxes, labels, defaults, rank, best, most, count, BLOCK: tl.conste
 @triton.jit
 def assign(boxes, labels, defaults, xywh, rank, best, offsets, classes, most, count, BLOCK: tl.constexpr):
     """Each default box takes the box that overlaps it most, if by more than half, or the last that it is the best for."""
-    image = tl.program_id(0).to(tl.int64)
-    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    image = tl.program_id(1).to(tl.int64)
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = number < count
     order = tl.load(rank + number, mask=inside, other=-1)
     most_overlap = tl.full((BLOCK,), 0.5, tl.float32)

@@ -1,5 +1,6 @@
 """SSD on a ResNet: the MLPerf architecture, for any image size and strides."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from base.errors import UserError
 
 from .all_reduce import group_norm
 
+LARGEST_SIDE = 8192  # pixels; a bound, so that a slip of the pen is refused before it takes all memory
 BACKBONES = ("resnet18", "resnet34", "resnet50")
 LEVEL_CHANNELS = (512, 512, 256, 256, 256)  # after the backbone's own level
 MIDDLE_CHANNELS = (256, 256, 128, 128, 128)
@@ -26,7 +28,7 @@ class SSD(nn.Module):
     The backbone is a ResNet up to ``layer3``, whose first block keeps its resolution (38×38 for 300×300). ``strides`` are
     those of all offset heads, of all class heads, and of the first four additional blocks; the fifth has stride 1. The
     last two additional blocks have no padding. Images are float (N, 3, H, W); ``default_boxes`` move with the module. Batch norm
-    takes its statistics over the ranks of ``norm_group``. Raises UserError for a size or strides that leave no level.
+    takes its statistics over the ranks of ``norm_group``. Raises UserError as `feature_sizes` does.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class SSD(nn.Module):
         super().__init__()
         if backbone not in BACKBONES:
             raise UserError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
+        sizes = feature_sizes(image_size, strides)
         self.num_classes, self.norm_group = num_classes, norm_group
         self.backbone = resnet_to_layer3(backbone)
         channels = (256 if backbone != "resnet50" else 1024, *LEVEL_CHANNELS)
@@ -57,7 +60,7 @@ class SSD(nn.Module):
             for parameter in layer.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
-        self.default_boxes = default_boxes(image_size, feature_sizes(image_size, strides))
+        self.default_boxes = default_boxes(image_size, sizes)
 
     def forward(self, images: Tensor) -> Predictions:
         levels = [self.features(images)]
@@ -117,27 +120,46 @@ def resnet_to_layer3(name: str) -> nn.Sequential:
 
 
 def feature_sizes(image_size: tuple[int, int], strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """(rows, columns) of the six levels of default boxes. Raises UserError if a level is empty or the heads disagree."""
+    """(rows, columns) of the six levels of default boxes.
 
-    def convolved(size: int, kernel: int, stride: int, padding: int) -> int:
-        return (size + 2 * padding - kernel) // stride + 1
+    Raises UserError if a level is empty, naming strides that fit, if the heads disagree, or for a side above LARGEST_SIDE.
+    """
+    named = f"image size {image_size[0]}×{image_size[1]} with strides {' '.join(map(str, strides))}"
+    if len(strides) != 6 or min(strides) < 1 or max(strides) > LARGEST_SIDE:
+        raise UserError(
+            f"strides {list(strides)}: six whole numbers of at least 1, and at most {LARGEST_SIDE}, are needed: "
+            "offset heads, class heads, four blocks"
+        )
+    if max(image_size) > LARGEST_SIDE:
+        raise UserError(f"{named}: a side has at most {LARGEST_SIDE} pixels")
+    rows, columns = (level_sides(side, strides[2:]) for side in image_size)
+    if 0 in rows + columns:
+        level = next(number for number, sides in enumerate(zip(rows, columns, strict=True), 1) if 0 in sides)
+        sides = ", ".join(f"{r}×{c}" for r, c in zip(rows, columns, strict=True))
+        raise UserError(f"{named} leaves no feature map on level {level} of 6 ({sides}); {advice(min(image_size), strides)}")
+    offset_maps, class_maps = (tuple((1 + (r - 1) // s, 1 + (c - 1) // s) for r, c in zip(rows, columns, strict=True)) for s in strides[:2])
+    if offset_maps != class_maps:
+        both = " ".join(map(str, (strides[0], strides[0], *strides[2:])))
+        apart = f"{strides[0]} of the offset heads and {strides[1]} of the class heads give different feature maps"
+        raise UserError(f"{named}: {apart}; strides {both} fit")
+    return offset_maps
 
-    if len(strides) != 6 or min(strides) < 1:
-        raise UserError(f"strides {list(strides)}: six whole numbers of at least 1 are needed: offset heads, class heads, four blocks")
-    sides = []
-    for side in image_size:
-        side = convolved(side, 7, 2, 3)  # conv1
-        side = convolved(side, 3, 2, 1)  # maxpool
-        levels = [convolved(side, 3, 2, 1)]  # layer2; layer1 and layer3 keep the size
-        for stride, padding in zip((*strides[2:], 1), (1, 1, 1, 0, 0), strict=True):
-            levels.append(convolved(levels[-1], 3, stride, padding) if levels[-1] + 2 * padding >= 3 else 0)
-        if 0 in levels:
-            raise UserError(
-                f"image size {image_size[0]}×{image_size[1]} with strides {' '.join(map(str, strides))} leaves no feature map on level "
-                f"{levels.index(0) + 1} of 6 (sides {' '.join(map(str, levels))}); use a larger image or smaller strides after the second"
-            )
-        heads = [[convolved(level, 3, stride, 1) for level in levels] for stride in strides[:2]]
-        if heads[0] != heads[1]:
-            raise UserError(f"strides {strides[0]} of the offset heads and {strides[1]} of the class heads give different feature maps")
-        sides.append(heads[0])
-    return tuple(zip(*sides, strict=True))
+
+def level_sides(side: int, block_strides: Sequence[int]) -> list[int]:
+    """How many rows or columns the six levels have that heads look at, of a side in pixels; 0 from the first on that is empty."""
+    for kernel, padding in ((7, 3), (3, 1), (3, 1)):  # conv1, maxpool, layer2; layer1 and layer3 keep the size
+        side = (side + 2 * padding - kernel) // 2 + 1
+    sides = [side]
+    for stride, padding in zip((*block_strides, 1), (1, 1, 1, 0, 0), strict=True):
+        sides.append((sides[-1] + 2 * padding - 3) // stride + 1 if sides[-1] + 2 * padding >= 3 else 0)
+    return sides
+
+
+def advice(side: int, strides: Sequence[int]) -> str:
+    """Strides that leave every level of a side something: those given, but 1 from a block on; or how large a side has to be."""
+    for kept in range(5, 1, -1):
+        fitting = (strides[0], strides[0], *strides[2:kept], *[1] * (6 - kept))
+        if level_sides(side, fitting[2:])[-1]:
+            return f"strides {' '.join(map(str, fitting))} fit, or a larger image"
+    least = next(pixels for pixels in itertools.count(side) if level_sides(pixels, (1,) * 4)[-1])
+    return f"no strides fit a side below {least} pixels"

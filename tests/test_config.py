@@ -296,6 +296,27 @@ def test_every_key_is_a_flag_in_both_spellings_and_reaches_the_configuration(fol
         assert [k for k in Config.model_fields if getattr(resolved.config, k) != getattr(Config(), k)] == [key]
 
 
+COMMANDS = {  # commands of the READMEs that this benchmark follows → what they set
+    "--name iluvatar --config V100x1x8 --data_dir D --backbone_path F.pth": {"data_dir": "D", "backbone_path": "F.pth"},
+    "--pretrained-backbone F.pth": {"backbone_path": "F.pth"},
+    "--device-ids 0 1 2 3 --strides 2 2 2 2 1 1 --batch-size 32 --image-size 800 1200 --sync-bn": {
+        "device_ids": [0, 1, 2, 3], "strides": [2, 2, 2, 2, 1, 1], "batch_size": 32, "image_size": [800, 1200], "norm_ranks": 0,
+    },
+    "--device-ids 0 --image-size 700 700 --save-path models/models_700 --checkpoint ./models_300/iter_24000": {
+        "device_ids": [0], "image_size": [700, 700], "runs_dir": "models", "checkpoint": "./models_300/iter_24000",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize(("off", "on"), ["-_", "_-"])
+def test_published_commands_in_both_spellings(line, off, on):
+    flags, overrides = parse([f"--{word[2:].replace(off, on)}" if word.startswith("--") else word for word in line.split()])
+    assert overrides == COMMANDS[line]
+    assert (flags.name, flags.config) == (("iluvatar", "V100x1x8") if "--name" in line else (None, None))
+    assert flags.run_name == ("models_700" if "models/" in line else None)
+
+
 def test_flags_of_every_kind():
     assert parse(["--skip-bad-images"])[1] == {"skip_bad_images": True}
     assert parse(["--skip_bad_images", "false"])[1] == {"skip_bad_images": False}

@@ -33,7 +33,7 @@ def weights(tmp_path_factory, demo_data) -> Path:
     model = backend.model(num_classes=len(categories["ids"]) + 1, image_size=(96, 96), strides=(1,) * 6, backbone="resnet18")
     optimizer = backend.optimizer(model.parameters(), momentum=0.9, weight_decay=5e-4)
     step = backend.step(model=model, optimizer=optimizer, matcher=backend.matcher, loss=backend.loss, device="cpu")
-    path = tmp_path_factory.mktemp("weights") / "step-000000000.pt"
+    path = tmp_path_factory.mktemp("weights") / "run/checkpoints/step-000000000.pt"
     checkpoint.write(path, checkpoint.pack(config, Progress(), categories, model, optimizer, step, []))
     return path
 
@@ -131,6 +131,23 @@ def test_evaluate_prints_the_figures_and_each_class(weights, demo_data, capsys):
     each = {line.rsplit(None, 2)[0]: float(line.split()[-2]) for line in lines[14:]}
     assert sorted(each) == sorted(category["name"] for category in names)
     assert np.mean(list(each.values())) == pytest.approx(float(lines[0].split()[1]), abs=1e-4)
+
+
+def test_a_runs_folder_stands_for_its_checkpoint(weights, pictures, tmp_path, capsys):
+    found = []
+    for number, place in enumerate((weights, weights.parents[1])):
+        out = tmp_path / str(number)
+        assert main(["evaluate", "--checkpoint", str(place), "--device", "cpu"]) == 0
+        figures = capsys.readouterr().out.splitlines()
+        assert run("--checkpoint", place, "--device", "cpu", "--score", 0.1, pictures / "grey.PNG", "--out", out) == 0
+        assert main(["export", "--checkpoint", str(place), "--out", str(out / "theirs.pt")]) == 0
+        weight = torch.load(out / "theirs.pt", weights_only=True)["model"]["model.layer1.0.weight"]
+        capsys.readouterr()
+        found.append((figures, (out / "detections.json").read_text(), weight.sum().item()))
+    assert found[0] == found[1]
+    for command in (["evaluate"], ["predict", str(pictures), "--out", str(tmp_path)], ["export", "--out", str(tmp_path / "x.pt")]):
+        assert main([*command, "--checkpoint", str(pictures)]) == 2
+        assert f"{pictures} has no checkpoint in it" in capsys.readouterr().err
 
 
 # Export

@@ -40,6 +40,23 @@ def test_other_classes_keep_all_but_the_class_heads(train, tmp_path, demo_data):
     assert len(checkpoint.carry_over(again, tmp_path / "first/checkpoints/best.pt", named)) == 12
 
 
+def test_where_a_checkpoint_is_looked_for(tmp_path):
+    for place, name in (("run", "step-000000030"), ("run", "step-000000040"), ("all/stage-9", "best"), ("all/stage-10", "best")):
+        (tmp_path / place / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / f"checkpoints/{name}.pt").touch()
+    kept = tmp_path / "run/checkpoints"
+    for given in ("run", "run/checkpoints", "run/iter_40", "run/iter_000040.pt", "run/checkpoints/step-000000040.pt"):
+        assert checkpoint.found_in(tmp_path / given) == kept / "step-000000040.pt"
+    (kept / "best.pt").touch()
+    assert checkpoint.found_in(str(tmp_path / "run")) == kept / "best.pt"
+    assert checkpoint.found_in(tmp_path / "all") == tmp_path / "all/stage-10/checkpoints/best.pt"
+    (tmp_path / "iter_7.pt").touch()  # a file of MLPerf's reference itself
+    assert checkpoint.found_in(tmp_path / "iter_7.pt") == tmp_path / "iter_7.pt"
+    has = r"step-000000020\.pt does not exist; .*/checkpoints has best\.pt, step-000000030\.pt, step-000000040\.pt \(--keep"
+    with pytest.raises(UserError, match=has):
+        checkpoint.found_in(tmp_path / "run/iter_20")
+
+
 def test_what_no_weights_can_be_taken_from(train, tmp_path):
     assert "no checkpoint in it" in train(*SHORT, "--checkpoint", str(tmp_path)).stderr
     assert train(*SHORT, run="first").returncode == 0
@@ -49,12 +66,21 @@ def test_what_no_weights_can_be_taken_from(train, tmp_path):
     assert done.returncode == 2 and "set backbone_path 'x.pth' to null" in done.stderr
 
 
-def test_the_flags_of_earlier_versions(tmp_path, demo_data):
-    flags = ["--device-ids", "0", "1", "--batch-size", "4", "--sync-bn", "--save-path", str(tmp_path / "models_96"), "--device", "cpu", *SHORT]
-    done = start_training(tmp_path, demo_data, flags).wait_done()
-    assert done.returncode == 0, done.stderr
-    text = (tmp_path / "models_96/config.yaml").read_text()
-    assert all(line in text for line in ("device_ids: [0, 1]", "devices: 2 ", "batch_size: 4 ", "norm_ranks: 0 "))
+@pytest.mark.long
+def test_the_published_commands_for_larger_and_larger_images(tmp_path, demo_data):
+    """As SSD-R34-Large states them, but for the sizes."""
+    commands = (
+        "--device-ids 0 --image-size 64 64 --save-path models_64",
+        "--device_ids 0 --image_size 96 96 --save_path models_96 --checkpoint ./models_64/iter_2",
+        "--device-ids 0 1 --image-size 128 160 --strides 3 3 2 1 1 1 --batch-size 4 --sync-bn --save-path models_128 --checkpoint ./models_96/iter_2",
+    )
+    for number, command in enumerate(commands):
+        done = start_training(tmp_path, demo_data, ["--device", "cpu", *SHORT, *command.split()]).wait_done()
+        assert done.returncode == 0, done.stderr
+        before = ("", "models_64", "models_96")[number]
+        assert number == 0 or f"weights of {before}/checkpoints/step-000000002.pt, its optimizer and step afresh; all of them" in done.stdout
+    text = (tmp_path / "models_128/config.yaml").read_text()
+    assert all(line in text for line in ("device_ids: [0, 1]", "devices: 2 ", "batch_size: 4 ", "norm_ranks: 0 ", "strides: [3, 3, 2, 1, 1, 1]"))
 
 
 @pytest.mark.long

@@ -109,24 +109,25 @@ def test_foreign_names_and_shapes_are_refused(mlperf, tmp_path):
 
 # torchvision's files
 
+RESNETS = ("resnet18", "resnet34", "resnet50")
+
 
 @pytest.fixture(scope="module")
 def resnets():
     """Random torchvision state dicts, by name."""
     torch.manual_seed(5)
-    return {name: getattr(torchvision.models, name)(weights=None).state_dict() for name in ("resnet18", "resnet34")}
+    return {name: getattr(torchvision.models, name)(weights=None).state_dict() for name in RESNETS}
 
 
 @pytest.fixture(scope="module")
 def models(backend):
     """A model of a backend for each backbone."""
     return {
-        name: backend.model(num_classes=2, image_size=(96, 96), strides=(1,) * 6, backbone=name) for name in ("resnet18", "resnet34")
+        name: backend.model(num_classes=2, image_size=(96, 96), strides=(1,) * 6, backbone=name) for name in RESNETS
     }
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+@pytest.mark.parametrize(("name", "zipped"), [*((name, True) for name in RESNETS), ("resnet18", False)])
 def test_a_torchvision_file_becomes_the_backbone(resnets, models, tmp_path, name, zipped):
     file, model = tmp_path / f"{name}.pth", models[name]
     torch.save(resnets[name], file, _use_new_zipfile_serialization=zipped)
@@ -186,6 +187,14 @@ def test_foreign_weights_are_refused(resnets, models, tmp_path, case):
         load_backbone(models["resnet34"], tmp_path / "f.pth")
     assert str(tmp_path / "f.pth") in str(caught.value)
     assert torch.equal(models["resnet34"].backbone.state_dict()["conv1.weight"], before)
+
+
+def test_each_resnets_weights_are_refused_by_the_others(resnets, models, tmp_path):
+    for name, state in resnets.items():
+        torch.save({key: tensor for key, tensor in state.items() if not key.startswith(("layer4.", "fc."))}, tmp_path / f"{name}.pth")
+        for other in set(RESNETS) - {name}:
+            with pytest.raises(UserError, match=rf"{name}\.pth is not weights of this model's ResNet: it .*; is --backbone right\?"):
+                load_backbone(models[other], tmp_path / f"{name}.pth")
 
 
 # Damage

@@ -12,8 +12,9 @@ from base.backend import Backend, load_backend
 from base.backends import DEFAULT_BACKEND
 from base.config import Config, validate
 from base.contracts import Step
-from base.distributed import check_cards, device_names, device_type, devices_here
-from base.errors import UserError
+from base.distributed import device_for
+
+CHECKPOINT = "a run's folder (its best), a file of its folder checkpoints/, or one of the MLPerf reference"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Detector:
 
 def flags_of_a_detector(parser: argparse.ArgumentParser) -> None:
     """The flags that every tool has which starts from a checkpoint."""
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of a run's folder checkpoints/, or one of the MLPerf reference")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT)
     parser.add_argument("--name", default=DEFAULT_BACKEND, help="backend (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="torch device type (default: what the backend asks for)")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads of the loader (default: 2)")
@@ -45,24 +46,21 @@ def coco_categories() -> dict[str, list]:
 
 
 def open_checkpoint(path: Path, name: str, device: str = "auto", **changes) -> Detector:
-    """The model of a checkpoint of this project or of the MLPerf reference, on backend ``name``; ``changes`` to its configuration.
+    """The model of a checkpoint or a run (`base.checkpoint.found_in`) on backend ``name``; ``changes`` to its configuration.
 
     Raises UserError if the file cannot be read or belongs to another model, or this machine lacks the device.
     """
+    path = checkpoint.found_in(path)
     state, content = checkpoint.read_weights(path)
     stored = content["config"] if content else Config().model_dump(mode="json")  # MLPerf's is SSD300-ResNet34 on COCO
     config = validate({**stored, "device": device, "nodes": 1, "devices": 1, "norm_ranks": 1, "use": {}, **changes}, {})
     categories = content["categories"] if content else coco_categories()
     backend = load_backend(name)
-    kind = device_type(device if device != "auto" else backend.device)
-    if devices_here(kind) == 0:
-        raise UserError(f"this machine has no {kind} device; use --device cpu")
-    check_cards(backend, device_names(kind))
+    place = torch.device(device_for(backend, device))
     model = backend.model(
         num_classes=len(categories["ids"]) + 1, image_size=config.image_size, strides=config.strides, backbone=config.backbone
     )
     checkpoint.load_weights(model, state, path)
-    place = torch.device(kind)
     model.to(place)
     step = backend.step(model=model, optimizer=None, matcher=backend.matcher, loss=backend.loss, device=place)
     return Detector(backend, config, model, step, place, list(categories["ids"]), list(categories["names"]))

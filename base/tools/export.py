@@ -25,7 +25,7 @@ from base.contracts import Detections
 from base.distributed import Ranks
 from base.errors import UserError
 from base.evaluate import figures, flat, make_eval_loader
-from base.tools.detector import Detector, open_checkpoint
+from base.tools.detector import CHECKPOINT, Detector, open_checkpoint
 from base.weights import from_mlperf, to_mlperf
 
 OPSET = 20
@@ -175,7 +175,7 @@ def compare(detector: Detector, limits: Limits, run: Callable[[Tensor], list[Det
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a file of a run's folder checkpoints/, or one of the MLPerf reference")
+    parser.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT)
     parser.add_argument("--out", type=Path, required=True, help="file to write: .onnx, .pt2 or .pt")
     parser.add_argument("--dense", action="store_true", help="no suppression in the .onnx: outputs of every default box")
     parser.add_argument("--score", type=float, default=0.05, help="lowest score of a detection (default: %(default)s)")

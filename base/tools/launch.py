@@ -255,29 +255,23 @@ def check_backend(name: str, resolved: Resolved):
     """Loads the backend, counts devices, builds the model and reads the backbone file into it: all that can fail early."""
     from base.backend import load_backend
     from base.checkpoint import carry_over, found_in
-    from base.distributed import check_cards, device_names, device_type, devices_here
+    from base.distributed import device_for, devices_here
     from base.weights import load_backbone
 
     config = resolved.config
     backend = load_backend(name, config.use)
     wanted = config.device if config.device != "auto" else backend.device
-    kind = device_type(wanted)
+    kind = device_for(backend, config.device)
     here = devices_here(kind)
     by_flag = resolved.sources.get("devices", "").startswith("--")
     if kind == "cpu" and wanted == "auto" and config.devices > 1 and not by_flag:
         here = 1  # a configuration for several accelerators does not turn into as many CPU processes unasked
-    if here == 0 and config.device == "auto":
-        raise UserError(
-            f"backend {name} needs a {kind} device and this machine has none; --name {DEFAULT_BACKEND} runs here, "
-            f"and --device cpu takes what {name} does on a CPU"
-        )
     if here is not None and here < config.devices:
         what = f"{here} {kind} device{'s' * (here != 1)}" if kind != "cpu" else "no accelerator"
         raise UserError(
             f"the configuration wants {config.devices} device{'s' * (config.devices != 1)} a node and this machine has {what}; "
             "choose a configuration that fits (--list), pass --nproc N, or --device cpu --nproc N for N processes on the CPU"
         )
-    check_cards(backend, device_names(kind)[: config.devices])
     if here is not None and max(config.device_ids, default=0) >= here:
         raise UserError(f"device_ids {list(config.device_ids)}: this machine has {here} {kind} devices, 0…{here - 1}")
     if config.telemetry_seconds and backend.telemetry:

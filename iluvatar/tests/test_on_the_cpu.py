@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from base.backends.iluvatar import matcher
 from base.backends.iluvatar.decoder import decode
-from base.backends.iluvatar.matcher import IMAGES, match
 from base.backends.iluvatar.step import HalfStep
 from base.backends.reference import decoder as reference
 from base.backends.reference.matcher import match as plain
@@ -22,15 +22,17 @@ from tests.conftest import ROOT, one_line_without_its_device, same_losses_on_the
 SMALL = default_boxes((300, 300), ((6, 6), (4, 4), (3, 3), (2, 2), (1, 1), (1, 1)))
 
 
-def test_matching_more_images_than_are_taken_at_once():
+@pytest.mark.parametrize("images", [0.1, 5])
+def test_matching_more_images_than_are_taken_at_once(monkeypatch, images):
+    monkeypatch.setattr(matcher, "PAIRS", int(images * 7 * len(SMALL)))
     torch.manual_seed(0)
-    corner = torch.rand(2 * IMAGES + 3, 7, 2) * 0.7
-    boxes, labels = torch.cat([corner, corner + 0.05 + torch.rand_like(corner) * 0.25], -1), torch.randint(0, 5, (2 * IMAGES + 3, 7))
+    corner = torch.rand(13, 7, 2) * 0.7
+    boxes, labels = torch.cat([corner, corner + 0.05 + torch.rand_like(corner) * 0.25], -1), torch.randint(0, 5, (13, 7))
     boxes[:, 3] = boxes[:, 1]  # the same box twice
     labels[5] = 0  # an image without boxes
-    for found, want in zip(match(boxes, labels, SMALL), plain(boxes, labels, SMALL), strict=True):
+    for found, want in zip(matcher.match(boxes, labels, SMALL), plain(boxes, labels, SMALL), strict=True):
         assert torch.equal(found, want) and found.dtype is want.dtype
-    assert match(boxes[:, :0], labels[:, :0], SMALL).labels.count_nonzero() == 0
+    assert matcher.match(boxes[:, :0], labels[:, :0], SMALL).labels.count_nonzero() == 0
 
 
 def test_decoding_of_float16():

@@ -51,6 +51,11 @@ def test_golden_data_in_the_interpreter():
 
 
 @INTERPRETER
+def test_large_images_in_the_interpreter():
+    assert passed("tests/test_sizes.py", "-k", "large_images", interpreted=True) == 2
+
+
+@INTERPRETER
 @pytest.mark.long
 def test_what_every_backend_must_do_in_the_interpreter():
     assert passed("tests/test_components.py", "-k", f"nvidia and ({ON_KERNELS}) and not step", interpreted=True) > 15
