@@ -7,11 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from base.errors import UserError
 from base.index import AnnotationIndex
-from data_sets.coco_json import GET_DATA
-
-FILES = ("instances_train2017.json", "instances_val2017.json")
+from data_sets import layout
 
 
 def describe(index: AnnotationIndex, seconds: float) -> str:
@@ -34,13 +31,15 @@ def describe(index: AnnotationIndex, seconds: float) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base index", description=__doc__)
-    parser.add_argument("--data_dir", "--data-dir", type=Path, required=True, help="COCO folder: annotations/, train2017/, val2017/")
+    parser.add_argument("--data_dir", "--data-dir", type=Path, required=True, help="folder of the data set, in a layout of COCO or Pascal VOC")
+    layout.flags(parser, *layout.PARTS)
     options = parser.parse_args(arguments)
-    folder = options.data_dir / "annotations"
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; name the data set's folder with --data_dir, or {GET_DATA}")
-    for name in FILES:
+    paths, found = layout.find(options.data_dir, given=layout.stated(options))
+    if found:
+        print(f"data found in {options.data_dir}: {found}", flush=True)
+    for part in layout.PARTS:
         began = time.perf_counter()
-        index = AnnotationIndex.open(folder / name, log=lambda line: print(line, file=sys.stderr, flush=True))
+        file = options.data_dir / paths[f"{part}_annotations"]
+        index = AnnotationIndex.open(file, log=lambda line: print(line, file=sys.stderr, flush=True))
         print(describe(index, time.perf_counter() - began), flush=True)
     return 0
