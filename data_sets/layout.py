@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from base.errors import UserError
@@ -31,7 +31,7 @@ LOOKED_FOR = (
     "COCO's annotations/instances_{train,val}*.json or annotations/{train,val}.json with images in {train,val}*/, images/{train,val}*/ or "
     "images/; Roboflow's {train,valid}/_annotations.coco.json; Pascal VOC's Annotations/, JPEGImages/ and ImageSets/Main/{train,val}.txt"
 )
-FILE = re.compile(r"(?:instances_)?(?P<name>(?P<part>train(?![-_]?val)|val).*)")  # not trainval: it is neither part
+NAME = re.compile(r"(?:instances_)?((?:train(?:ing)?(?![-_]?val)|val(?:id(?:ation)?)?)(?![a-z]).*)")  # not trainval: it is neither part
 Choices = dict[str, list]  # part → [(images or None, annotations), …], relative to the data folder
 
 
@@ -79,7 +79,7 @@ def find(
     for part in looked:
         images, annotations = found[part][0]
         if images is None:
-            raise _fault(folder, f"the folder of the images of {annotations} is missing or has another name")
+            raise _fault(folder, f"the folder of the images of {annotations} is missing or has another name", looked)
         paths |= {f"{part}_images": images, f"{part}_annotations": annotations}
         texts.append(f"{annotations} with {images}/")
     return paths, f"{layout}, {', '.join(texts)}"
@@ -88,19 +88,19 @@ def find(
 def _json(folder: Path) -> Choices:
     found: Choices = {part: [] for part in PARTS}
     for file in sorted([*(folder / "annotations").glob("*.json"), *folder.glob("*.json")]):
-        if match := FILE.fullmatch(file.stem):
-            places = _images_of(folder, match["name"], match["part"]) or [None]
-            found[match["part"]] += [(images, file.relative_to(folder).as_posix()) for images in places]
+        if match := NAME.fullmatch(file.stem):
+            part = "train" if match[1].startswith("train") else "val"
+            found[part] += [(images, file.relative_to(folder).as_posix()) for images in _images_of(folder, match[1], part) or [None]]
     return found
 
 
 def _images_of(folder: Path, name: str, part: str) -> list[str]:
     """Folders that may hold the images of an annotation file: those of its name, else of its part, else images/."""
-    for pattern in (name, f"{part}*"):
-        places = [path for place in (folder, folder / "images") for path in sorted(place.glob(pattern)) if path.is_dir()]
-        if places := [path.relative_to(folder).as_posix() for path in places if FILE.fullmatch(path.name)]:
-            return places
-    return ["images"] if (folder / "images").is_dir() else []
+    within = (folder, folder / "images")
+    own = [place / name for place in within if (place / name).is_dir()]
+    alike = [path for place in within for path in sorted(place.glob(f"{part}*")) if path.is_dir() and NAME.fullmatch(path.name)]
+    all_together = [folder / "images"] if (folder / "images").is_dir() else []
+    return [path.relative_to(folder).as_posix() for path in own or alike or all_together]
 
 
 def _roboflow(folder: Path) -> Choices:
@@ -143,8 +143,8 @@ def _holds(folder: Path) -> str:
     return ", ".join(some) or "nothing"
 
 
-def _fault(folder: Path, what: str) -> UserError:
-    keys = ", ".join(f"--{key}" for key in COCO_2017)
+def _fault(folder: Path, what: str, parts: Sequence[str]) -> UserError:
+    keys = ", ".join(f"--{key}" for key in COCO_2017 if key.partition("_")[0] in parts)
     return UserError(f"data folder {folder}: {what}; looked for {LOOKED_FOR}. It holds {_holds(folder)}. State the paths by {keys}, or {GET_DATA}")
 
 
@@ -155,8 +155,10 @@ def _nothing(folder: Path, layouts: list, looked: list[str]) -> UserError:
             (lacking,) = [part for part in looked if not found[part]]
             has = ", ".join(annotations for part in looked for _, annotations in found[part])
             advice = "; evaluation needs annotated images that are not trained on: set some apart" * (lacking == "val")
-            return _fault(folder, f"{has} is there and no {PARTS[lacking]} part{advice}")
-    return _fault(folder, "no annotations are found")
+            return _fault(folder, f"{has} is there and no {PARTS[lacking]} part{advice}", looked)
+    if any(layout == "Pascal VOC" for layout, _ in layouts):
+        return _fault(folder, "Annotations/ and JPEGImages/ are there and no lists of their names, one a line, in ImageSets/Main/", looked)
+    return _fault(folder, "no annotations are found", looked)
 
 
 def _several(folder: Path, whole: list, looked: list[str]) -> UserError:
@@ -164,4 +166,4 @@ def _several(folder: Path, whole: list, looked: list[str]) -> UserError:
     texts = [f"{annotations} with {images}/" if images else f"{annotations} without images" for _, images, annotations in choices]
     years = sorted({(folder / images).parent for layout, images, _ in choices if layout == "Pascal VOC"})
     advice = f"; name one year, such as --data_dir {years[0]}" if len(years) > 1 else ""
-    return _fault(folder, f"it could be several data sets: {', '.join(texts)}{advice}")
+    return _fault(folder, f"it could be several data sets: {', '.join(texts)}{advice}", looked)

@@ -1,8 +1,8 @@
 """Reading a list of Pascal VOC (``ImageSets/Main/train.txt``) with the XMLs of its images, as `data_sets.coco_json` reads a JSON.
 
 Each line names an image: ``Annotations/<name>.xml`` holds its size and objects, ``JPEGImages/<name>.jpg`` (or .png, …) its pixels. Boxes
-are in pixels that are counted from 1, the last one included (VOC2012 development kit, section 3; its VOCevaldet.m adds the 1): x is
-xmin - 1 and the width xmax - xmin + 1. Classes are VOC's 20 if the XMLs of the folder name no others, else all their names sorted; so
+are in pixels that are counted from 1, the last one included (VOC's development kit: the top-left pixel is (1, 1), and VOCevaldet.m takes
+xmax - xmin + 1 for a width): x is xmin - 1. Classes are VOC's 20 if the XMLs of the folder name no others, else all their names sorted; so
 all lists of a folder agree. Image ids do not depend on the list: the number in a name such as 000005 or 2008_000008, else a hash of it.
 
 What is done with what is not as it should be, beyond the table of `data_sets.coco_json` that objects go through as annotations:
@@ -87,9 +87,9 @@ def digest(names: Path) -> str:
 def _read(names: Path) -> tuple[list[str], dict[str, bytes], dict[str, list[str]], str]:
     """The list's names, the XMLs by name, the image files by name, and the hash of all three."""
     try:
-        text = names.read_bytes()
-        contents = {name: _bytes_of(_folder(names) / "Annotations" / f"{name}.xml") for name in _files(names)}
-        images = _folder(names) / "JPEGImages"
+        folder, text = _folder(names), names.read_bytes()
+        contents = {name: _bytes_of(folder / "Annotations" / f"{name}.xml") for name in _files(names)}
+        images = folder / "JPEGImages"
         files = sorted(os.listdir(images)) if images.is_dir() else []
         listed = [line.strip() for line in text.decode("utf-8-sig").splitlines() if line.strip()]
     except OSError as error:

@@ -90,7 +90,7 @@ REFUSED = {
         tuple(f"annotations/instances_{name}.json" for name in ("train2014", "val2014", "train2017", "val2017")) + ("train2014/", "val2014/"),
         r"could be several data sets: annotations/instances_train2014.json with train2014/, .*val2017.json",
     ),
-    "two image folders": (("annotations/train.json", "annotations/val.json", "train/", "images/train/", "val/"), "several data sets: .*images/train/"),
+    "two image folders": (("annotations/train.json", "annotations/val.json", "train/", "images/train/", "val/"), "several data .*images/train/"),
     "two layouts": ((*VOC, *lists("train", "val"), "train/_annotations.coco.json", "valid/_annotations.coco.json"), "several data sets"),
     "two years": (
         tuple(f"VOC{year}/{name}" for year in (2007, 2012) for name in (*VOC, *lists("train", "val"))),
@@ -98,6 +98,8 @@ REFUSED = {
     ),
     "no validation": (("train/_annotations.coco.json",), "train/_annotations.coco.json is there and no validation part; .* set some apart"),
     "voc without validation": ((*VOC, *lists("train")), "ImageSets/Main/train.txt is there and no validation part"),
+    "voc without lists": (VOC, "no lists of their names, one a line, in ImageSets/Main/"),
+    "words that begin alike": (("values.json", "trainer.json", "images/"), "no annotations are found"),
     "no training": ((*VOC, *lists("val")), "ImageSets/Main/val.txt is there and no training part"),
     "no images": (("annotations/train.json", "annotations/val.json", "val/"), "folder of the images of annotations/train.json is missing"),
     "trainval is neither": (("annotations/trainval.json", "annotations/val.json", "images/"), "no training part"),
@@ -136,9 +138,7 @@ def test_the_configuration_says_what_was_found(tmp_path):
 
 
 def test_it_is_found_before_anything_is_installed(tmp_path):
-    code = (
-        "import sys, data_sets.layout; sys.exit(any(m.split('.')[0] in ('numpy', 'pydantic', 'yaml', 'torch') for m in sys.modules))"
-    )
+    code = "import sys, data_sets.layout; sys.exit(any(m.split('.')[0] in ('numpy', 'pydantic', 'yaml', 'torch') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     done = subprocess.run([sys.executable, ROOT / "prepare.py", "--data_dir", made(tmp_path, "train.json", "train/")], capture_output=True, text=True)
     assert done.returncode == 2 and "train.json is there and no validation part" in done.stderr
