@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,26 @@ def describe(index: AnnotationIndex, seconds: float) -> str:
         "classes": f"{len(index.category_ids):,}",
         "index": f"{index.origin} in {seconds:.2f} s, {index.stored_in}",
     }
-    lines = [str(index.annotation_file), *(f"  {name:8} {value}" for name, value in counts.items())]
+    return "\n".join([str(index.annotation_file), *(f"  {name:8} {value}" for name, value in counts.items()), *faults(index)])
+
+
+def faults(index: AnnotationIndex) -> list[str]:
+    """Lines about what was dropped or mended, with examples."""
+    lines = []
     for kind in ("dropped", "mended"):
         rows = index.report[kind]
         lines.append(f"  {kind:8} {sum(row['count'] for row in rows.values()):,}")
         for reason, row in sorted(rows.items()):
             lines += [f"    {row['count']:,} × {reason}", *(f"      {example}" for example in row["examples"])]
-    return "\n".join(lines)
+    return lines
+
+
+def parts_of(folder: Path, given: Mapping[str, str] | None = None) -> dict[str, tuple[Path, Path]]:
+    """train, val → the annotation file and the folder of images, as `layout.find` finds them. Raises UserError."""
+    paths, found = layout.find(folder, given=given)
+    if found:
+        print(f"data found in {folder}: {found}", flush=True)
+    return {part: (folder / paths[f"{part}_annotations"], folder / paths[f"{part}_images"]) for part in layout.PARTS}
 
 
 def main(arguments: list[str]) -> int:
@@ -34,12 +48,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data_dir", "--data-dir", type=Path, required=True, help="folder of the data set, in a layout of COCO or Pascal VOC")
     layout.flags(parser, *layout.PARTS)
     options = parser.parse_args(arguments)
-    paths, found = layout.find(options.data_dir, given=layout.stated(options))
-    if found:
-        print(f"data found in {options.data_dir}: {found}", flush=True)
-    for part in layout.PARTS:
+    for annotations, _ in parts_of(options.data_dir, layout.stated(options)).values():
         began = time.perf_counter()
-        file = options.data_dir / paths[f"{part}_annotations"]
-        index = AnnotationIndex.open(file, log=lambda line: print(line, file=sys.stderr, flush=True))
+        index = AnnotationIndex.open(annotations, log=lambda line: print(line, file=sys.stderr, flush=True))
         print(describe(index, time.perf_counter() - began), flush=True)
     return 0

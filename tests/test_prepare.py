@@ -27,7 +27,7 @@ def copy_project(place: Path) -> Path:
     place.mkdir()
     for name in ("prepare.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, place)
-    for name in ("base", "reference"):
+    for name in ("reference", *(found.parent.name for found in ROOT.glob("*/__init__.py") if found.parent.name != "tests")):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     (place / "README.md").touch()
     (place / "build_here.py").write_text(f"import sys\nsys.path.append({SITE!r})\nfrom setuptools.build_meta import *\n")
