@@ -24,7 +24,8 @@ from typing import Any
 
 from base.backends import DEFAULT_BACKEND, backend_folder
 from base.errors import UserError
-from data_sets.download import ANNOTATIONS, GB, Transfer, fetch_dataset, locked
+from data_sets import layout
+from data_sets.download import GB, Transfer, fetch_dataset, locked
 
 ROOT = Path(__file__).resolve().parent
 INSTALL_BYTES = 9e9  # torch with NVIDIA's libraries: 3 GB of wheels in pip's cache, 5.7 GB installed
@@ -162,9 +163,12 @@ def room_faults(place: Path, needed: float) -> list[str]:
     return [f"{free / GB:.1f} GB are free in {place}, about {needed / GB:.0f} GB are needed"] if free < needed else []
 
 
-def layout_faults(directory: Path) -> list[str]:
-    parts = [directory / "train2017", directory / "val2017", *(directory / "annotations" / name for name in ANNOTATIONS)]
-    return [f"{part} is missing" for part in parts if not part.exists()]
+def layout_faults(options: argparse.Namespace) -> list[str]:
+    try:
+        layout.find(options.data_dir, given=layout.stated(options))
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def check(options: argparse.Namespace, backend: Path, extras: list[str]) -> int:
@@ -190,7 +194,7 @@ def check(options: argparse.Namespace, backend: Path, extras: list[str]) -> int:
         room = INSTALL_BYTES if "torch" in state["missing"] else room
     if options.data_dir:
         get = f"python3 prepare.py --name {options.name} --data_dir {shlex.quote(str(options.data_dir))}"
-        faults += [(fault, f"{get} --download (COCO 2017) or {get} --demo-data") for fault in layout_faults(options.data_dir)]
+        faults += [(fault, f"{get} --download (COCO 2017) or {get} --demo-data") for fault in layout_faults(options)]
     faults += [(fault, "make room there") for fault in room_faults(environment.prefix if environment else ROOT, room)]
     for fault, fix in faults:
         print(f"fault: {fault}\n  fix: {fix}")
@@ -255,8 +259,9 @@ def prepare_environment(options: argparse.Namespace, backend: Path, extras: list
 def prepare_data(options: argparse.Namespace, environment: Environment) -> None:
     if options.download:
         fetch_dataset(options.data_dir, Transfer(), base_url=options.base_url, keep_zips=options.keep_zips)
-    for tool in ["demo-data"] * options.demo_data + ["index"]:
-        code = subprocess.run([environment.python, "-m", "base", tool, "--data_dir", options.data_dir], cwd=ROOT).returncode
+    paths = [text for key, path in layout.stated(options).items() for text in (f"--{key}", path)]
+    for tool, more in [("demo-data", [])] * options.demo_data + [("index", paths)]:
+        code = subprocess.run([environment.python, "-m", "base", tool, "--data_dir", options.data_dir, *more], cwd=ROOT).returncode
         if code:
             raise UserError(f"python -m base {tool} --data_dir {options.data_dir} ended with exit code {code}")
 
@@ -264,7 +269,8 @@ def prepare_data(options: argparse.Namespace, environment: Environment) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--name", default=DEFAULT_BACKEND, metavar="BACKEND", help="the backend to prepare (default: %(default)s)")
-    parser.add_argument("--data_dir", "--data-dir", type=Path, metavar="DIR", help="data set: train2017/, val2017/, annotations/")
+    parser.add_argument("--data_dir", "--data-dir", type=Path, metavar="DIR", help="data set, in a layout of COCO or Pascal VOC")
+    layout.flags(parser, *layout.PARTS)
     parser.add_argument("--python", metavar="EXE", help="install there instead of the active environment or .venv")
     parser.add_argument("--check", action="store_true", help="only look: name every fault and its fix")
     parser.add_argument("--with-tests", action="store_true", help="install what the tests need, too")
@@ -283,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         backend, extras = backend_folder(options.name), ["export", "test"] * options.with_tests
         if options.check:
             return check(options, backend, extras)
-        if options.data_dir and not (options.download or options.demo_data) and (faults := layout_faults(options.data_dir)):
+        if options.data_dir and not (options.download or options.demo_data) and (faults := layout_faults(options)):
             get = f"python3 prepare.py --name {options.name} --data_dir {shlex.quote(str(options.data_dir))}"
             raise UserError(f"{'; '.join(faults)}: {get} --download fetches COCO 2017, {get} --demo-data draws a small data set")
         environment = prepare_environment(options, backend, extras)

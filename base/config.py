@@ -8,7 +8,7 @@ import difflib
 import inspect
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from base.backends import backend_folder, list_backends
 from base.errors import UserError
+from data_sets.layout import COCO_2017, find
 
 RECIPES = Path(__file__).parent / "recipes"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -59,11 +60,11 @@ class Config(BaseModel):
     strides: tuple[Count, Count, Count, Count, Count, Count] = (1, 1, 2, 2, 2, 1)  # of offset heads, class heads and four blocks
 
     # Data
-    data_dir: str | None = None  # folder in COCO's layout
-    train_images: str = "train2017"  # folder, relative to data_dir
-    train_annotations: str = "annotations/instances_train2017.json"  # file, relative to data_dir
-    val_images: str = "val2017"  # folder, relative to data_dir
-    val_annotations: str = "annotations/instances_val2017.json"  # file, relative to data_dir
+    data_dir: str | None = None  # folder of the data set; of the next four, what is not stated is found in it: data_sets/layout.py
+    train_images: str = COCO_2017["train_images"]  # folder, relative to data_dir
+    train_annotations: str = COCO_2017["train_annotations"]  # COCO's JSON or a list of Pascal VOC, relative to data_dir
+    val_images: str = COCO_2017["val_images"]  # folder, relative to data_dir
+    val_annotations: str = COCO_2017["val_annotations"]  # COCO's JSON or a list of Pascal VOC, relative to data_dir
     workers: NotNegative = 4  # loader processes of each rank; 0: in the rank itself
     max_samples: Count = 1  # tries of each crop rule (MLPerf allows 1 or 50)
     skip_bad_images: bool = False  # go on without images that cannot be read, up to 1 % of them
@@ -123,7 +124,7 @@ class Config(BaseModel):
         for key in ("decay_epochs", "eval_epochs"):
             if list(getattr(self, key)) != sorted(set(getattr(self, key))):
                 problems.append(f"{key} {list(getattr(self, key))} must rise")
-        for key in ("train_images", "train_annotations", "val_images", "val_annotations"):
+        for key in COCO_2017:
             if Path(getattr(self, key)).is_absolute() or ".." in Path(getattr(self, key)).parts:
                 problems.append(f"{key} {getattr(self, key)!r} must lie within data_dir")
         if problems:
@@ -200,6 +201,17 @@ def resolve(folder: Path, name: str, overrides: Mapping[str, Any] | None = None)
         values[key], sources[key] = value, f"--{key}"
     config = validate(values, sources)
     return Resolved(config, sources)
+
+
+def with_layout(resolved: Resolved, log: Callable[[str], None]) -> Resolved:
+    """Of the four data paths those that no file or flag states, as they are found in ``data_dir``. Raises UserError if they are not."""
+    folder, stated = Path(resolved.config.data_dir or ""), {key: getattr(resolved.config, key) for key in COCO_2017 if key in resolved.sources}
+    paths, layout = find(folder, given=stated)
+    if not layout:
+        return resolved
+    log(f"data found in {folder}: {layout}")
+    sources = {**resolved.sources, **{key: f"found in data_dir: {layout}" for key in paths if key not in stated}}
+    return Resolved(resolved.config.model_copy(update=paths), sources)
 
 
 def read_run(path: Path) -> Config:

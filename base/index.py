@@ -1,9 +1,10 @@
-"""A compact index of a COCO annotation file: checked and packed once, then opened by every process in well under a second.
+"""A compact index of an annotation file: checked and packed once, then opened by every process in well under a second.
 
-The index lies beside the JSON (``instances_train2017.index.npz``) or, where that folder cannot be written, in
-``$XDG_CACHE_HOME/ssd-zoo`` (``~/.cache/ssd-zoo``). It is packed again when the JSON's content changes.
+The file is COCO's JSON, or a list of Pascal VOC (``.txt``), which stands for the XMLs of its images. The index lies beside it
+(``instances_train2017.index.npz``, ``train.txt.index.npz``) or, where that folder cannot be written, in ``$XDG_CACHE_HOME/ssd-zoo``
+(``~/.cache/ssd-zoo``). It is packed again when the content changes.
 
-What is done with entries that are not as they should be stands in `data_sets.coco_json`; ``report`` counts every case.
+What is done with entries that are not as they should be stands in `data_sets.coco_json` and `data_sets.voc`; ``report`` counts every case.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from typing import IO
 import numpy as np
 
 from base.errors import UserError
-from data_sets.coco_json import ltrb_of, parse, stamp_of
+from data_sets import coco_json, voc
 
 FORMAT = 1  # raise it when the stored arrays or the table above change: older indexes are then packed again
 PARSE_HERE_BYTES = 4 << 20  # larger files are parsed in a child, so that the parse's memory never stays in this process
@@ -67,7 +68,7 @@ class AnnotationIndex:
     def ltrb(self, image: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes float32 (n, 4) as left, top, right, bottom in [0, 1] of the recorded size, and labels int64 (n,); crowd included."""
         some = slice(self.first_box[image], self.first_box[image + 1])
-        return ltrb_of(self.boxes[some], self.sizes[image]), self.labels[some]
+        return coco_json.ltrb_of(self.boxes[some], self.sizes[image]), self.labels[some]
 
     def to_coco(self) -> dict:
         """The index as a COCO dictionary without segmentations, for pycocotools: ids and boxes as in the index."""
@@ -85,33 +86,34 @@ class AnnotationIndex:
 
     @classmethod
     def open(cls, annotation_file: str | os.PathLike, log: Log | None = None) -> "AnnotationIndex":
-        """Load the index of a COCO annotation file, packing it first if there is none or the file's content changed.
+        """Load the index of an annotation file, packing it first if there is none or the file's content changed.
 
         Of several processes that open it at once, one packs and the others wait. ``log`` is called with a line for
         everything worth knowing (packing, repairs, another place). Raises UserError for whatever the table calls an error.
         """
         file, log = Path(annotation_file).absolute(), log or (lambda line: None)
-        stamp, places = stamp_of(file), _places(file)
+        read = reader(file)
+        stamp, places = read.stamp_of(file), _places(file)
         for place in places:  # without the lock: the common case costs one read
             if (found := _load(place, log)) and found[1]["stamp"] == stamp:
                 return cls._of(file, place, found, "current")
         target = _target(places, log)
         with _locked(target.with_name(f".{target.name}.lock"), log):
-            began, stamp, same_size = time.perf_counter(), stamp_of(file), None
+            began, stamp, same_size = time.perf_counter(), read.stamp_of(file), None
             for place in places:  # again: another process may have packed it while this one waited
                 if (found := _load(place, lambda line: None)) and found[1]["stamp"]["bytes"] == stamp["bytes"]:
                     if found[1]["stamp"] == stamp:
                         return cls._of(file, place, found, "current")
                     same_size = found
-            if same_size and same_size[1]["sha256"] == _sha256(file):  # touched, copied or moved, but not edited
+            if same_size and same_size[1]["sha256"] == read.digest(file):  # touched, copied or moved, but not edited
                 same_size[1]["stamp"] = stamp
                 _write(target, *same_size)
                 return cls._of(file, target, same_size, "refreshed")
             log(f"packing {file} ({stamp['bytes'] / 1e6:,.1f} MB)")
             if stamp["bytes"] <= PARSE_HERE_BYTES:
-                _write(target, *parse(file))
+                _write(target, *read.parse(file))
             else:
-                _pack_in_child(file, target)
+                _pack_in_child(file, target, stamp["bytes"])
             found = _load(target, log)
             if not found:
                 raise UserError(f"index {target} cannot be read back after writing; check the disk")
@@ -130,12 +132,9 @@ class AnnotationIndex:
 ARRAYS = tuple(field.name for field in fields(AnnotationIndex) if field.type is np.ndarray)
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def reader(file: Path):
+    """The module that reads an annotation file: it has ``stamp_of``, ``digest`` and ``parse``."""
+    return voc if file.suffix == ".txt" else coco_json
 
 
 def _places(file: Path) -> tuple[Path, Path]:
@@ -212,21 +211,21 @@ def _write(target: Path, arrays: dict[str, np.ndarray], head: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _pack_in_child(file: Path, target: Path) -> None:
+def _pack_in_child(file: Path, target: Path, size: int) -> None:
     paths = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "base.index", str(file), str(target)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True, errors="replace")
     if done.returncode == 2:
         raise UserError(done.stderr.strip())
     if done.returncode:
-        why = f"killed, as when memory runs out; it needs about {file.stat().st_size * 4 / 1e9:.1f} GB for a moment"
+        why = f"killed, as when memory runs out; it needs about {size * 4 / 1e9:.1f} GB for a moment"
         raise UserError(f"packing {file} ended with status {done.returncode} ({why if done.returncode < 0 else done.stderr.strip()})")
 
 
 if __name__ == "__main__":  # the child that _pack_in_child starts: python -m base.index FILE TARGET
     gc.disable()  # millions of live objects and no cycles: collecting costs time and frees nothing
     try:
-        _write(Path(sys.argv[2]), *parse(Path(sys.argv[1])))
+        _write(Path(sys.argv[2]), *reader(Path(sys.argv[1])).parse(Path(sys.argv[1])))
     except UserError as failure:
         print(failure, file=sys.stderr)
         sys.exit(2)

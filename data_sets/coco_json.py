@@ -36,10 +36,10 @@ from pathlib import Path
 import numpy as np
 
 from base.errors import UserError
+from data_sets.layout import GET_DATA
 
 EXAMPLES = 10  # kept per row of the report
 ID_LIMIT = 2**62  # leaves room within int64 for fresh ids and for marking missing ones
-GET_DATA = "make the demo data with `python3 prepare.py --demo-data` or fetch COCO 2017 with `python3 prepare.py --download`"
 
 
 def stamp_of(file: Path) -> dict:
@@ -50,6 +50,12 @@ def stamp_of(file: Path) -> dict:
         raise UserError(f"annotation file {file} cannot be read ({error.strerror}); {GET_DATA}") from error
     # The change time notices what a tool that restores the modification time hides.
     return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns, "changed_ns": status.st_ctime_ns}
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def ltrb_of(boxes: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -97,7 +103,8 @@ def _number(value: object) -> float:
     return float(value) if type(value) in (int, float) and -1e300 < value < 1e300 else math.nan
 
 
-def _add(report: dict, kind: str, reason: str, count: int, examples: list[str]) -> None:
+def add(report: dict, kind: str, reason: str, count: int, examples: list[str]) -> None:
+    """Counts cases of a row of ``report``; ``kind`` is dropped or mended."""
     row = report[kind].setdefault(reason, {"count": 0, "examples": []})
     row["count"] += count
     row["examples"] += examples[: EXAMPLES - len(row["examples"])]
@@ -111,7 +118,7 @@ def _categories(data: dict, file: Path, report: dict) -> dict[int, str]:
             raise UserError(f"{file}: category id {key} stands twice ({names[key]!r}, {_short(name)}); give each category its own id")
         if not isinstance(name, str) or not name.strip():
             name = f"category {key}"
-            _add(report, "mended", "category without a name", 1, [name])
+            add(report, "mended", "category without a name", 1, [name])
         names[key] = name
     if not names:
         raise UserError(f"{file}: the list of categories is empty; add the classes")
@@ -129,12 +136,12 @@ def _images(data: dict, file: Path, report: dict) -> tuple[dict[int, tuple[str, 
             raise UserError(f"{file}: file name {_short(name)} of image {key} leaves the image folder or is no valid text; correct it")
         if not parts or not all(type(side) is int and 0 < side < 2**31 for side in sides):
             reason = "image without a valid width and height" if parts else "image without a file name"
-            _add(report, "dropped", reason, 1, [f"image {key}: file name {_short(name)}, height and width {_short(sides)}"])
+            add(report, "dropped", reason, 1, [f"image {key}: file name {_short(name)}, height and width {_short(sides)}"])
             dropped.add(key)
         elif kept.setdefault(key, image) is not image:
             if kept[key] != image:
                 raise UserError(f"{file}: image id {key} is both {kept[key]} and {image}; give each image its own id")
-            _add(report, "dropped", "image id twice, same file name and size", 1, [f"image {key}"])
+            add(report, "dropped", "image id twice, same file name and size", 1, [f"image {key}"])
     if not kept:
         reasons = {reason: row["count"] for reason, row in report["dropped"].items()}
         raise UserError(f"{file}: of {len(data['images'])} images none is left (dropped: {reasons}); correct the list of images")
@@ -145,7 +152,16 @@ def parse(file: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Read and check a COCO annotation file: the arrays of AnnotationIndex, and the head stored with them."""
     stamp = stamp_of(file)  # before reading: a change meanwhile then shows at the next opening
     data, sha256 = _read(file)
-    report = {**{name: len(data[name]) for name in ("images", "annotations", "categories")}, "dropped": {}, "mended": {}}
+    arrays, head = checked(data, file, {"dropped": {}, "mended": {}})
+    return arrays, {"stamp": stamp, "sha256": sha256, **head}
+
+
+def checked(data: dict, file: Path, report: dict) -> tuple[dict[str, np.ndarray], dict]:
+    """The table above on a COCO dictionary: the arrays of AnnotationIndex, and the names and report of its head.
+
+    ``report``: what was dropped and mended before. Raises UserError, naming ``file``.
+    """
+    report = {**{name: len(data[name]) for name in ("images", "annotations", "categories")}, **report}
     categories = _categories(data, file, report)
     images, dropped_images = _images(data, file, report)
     image_of = {**dict.fromkeys(dropped_images, -2), **{key: position for position, key in enumerate(images)}}
@@ -172,7 +188,7 @@ def parse(file: Path) -> tuple[dict[str, np.ndarray], dict]:
 
     def count(kind: str, reason: str, which: np.ndarray) -> None:
         if which.any():
-            _add(report, kind, reason, int(which.sum()), [_short(entries[i]) for i in np.flatnonzero(which)[:EXAMPLES]])
+            add(report, kind, reason, int(which.sum()), [_short(entries[i]) for i in np.flatnonzero(which)[:EXAMPLES]])
 
     def drop(reason: str, which: np.ndarray) -> None:
         count("dropped", reason, which & keep)
@@ -225,4 +241,4 @@ def parse(file: Path) -> tuple[dict[str, np.ndarray], dict]:
         "box_ids": ids[order],
         "category_ids": np.array(list(categories), dtype=np.int64),
     }
-    return arrays, {"stamp": stamp, "sha256": sha256, "names": list(categories.values()), "report": report}
+    return arrays, {"names": list(categories.values()), "report": report}

@@ -17,6 +17,7 @@ from base.boxes import DefaultBoxes
 from base.config import Config
 from base.errors import UserError
 from base.index import AnnotationIndex
+from data_sets import layout
 from data_sets.coco_json import EXAMPLES
 from data_sets.coverage import BY_FORCE, THRESHOLD, model_boxes
 from data_sets.look_page import MOST_SAMPLES, data_page
@@ -68,6 +69,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=24, help="images on the page (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of what is drawn by chance (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=None, help="the page (default: runs/data-NAME/index.html)")
+    layout.flags(parser, *layout.PARTS)
     flags = parser.parse_args(arguments)
     if not 0 <= flags.samples <= MOST_SAMPLES:
         raise UserError(f"--samples {flags.samples} is not within 0 and {MOST_SAMPLES}")
@@ -76,7 +78,7 @@ def main(arguments: list[str]) -> int:
     size, name = tuple(flags.image_size), flags.folder.resolve().name or "data"
     defaults, quiet = model_boxes(size, flags.strides), not sys.stderr.isatty()
     parts = []
-    for part, (annotations, images) in parts_of(flags.folder).items():
+    for part, (annotations, images) in parts_of(flags.folder, layout.stated(flags)).items():
         index = AnnotationIndex.open(annotations, log=lambda line: print(line, file=sys.stderr, flush=True))
         parts.append(look(part, index, images, defaults, flags.check_images == "all", flags.seed, quiet))
 

@@ -3,13 +3,13 @@
 import argparse
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from base.errors import UserError
 from base.index import AnnotationIndex
-from data_sets.coco_json import GET_DATA
+from data_sets import layout
 
 
 def describe(index: AnnotationIndex, seconds: float) -> str:
@@ -35,19 +35,20 @@ def faults(index: AnnotationIndex) -> list[str]:
     return lines
 
 
-def parts_of(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """train, val → the annotation file and the folder of images. Raises UserError if the folder is no data set."""
-    annotations = folder / "annotations"
-    if not annotations.is_dir():
-        raise UserError(f"there is no folder {annotations}; name the data set's folder, or {GET_DATA}")
-    return {part: (annotations / f"instances_{part}2017.json", folder / f"{part}2017") for part in ("train", "val")}
+def parts_of(folder: Path, given: Mapping[str, str] | None = None) -> dict[str, tuple[Path, Path]]:
+    """train, val → the annotation file and the folder of images, as `layout.find` finds them. Raises UserError."""
+    paths, found = layout.find(folder, given=given)
+    if found:
+        print(f"data found in {folder}: {found}", flush=True)
+    return {part: (folder / paths[f"{part}_annotations"], folder / paths[f"{part}_images"]) for part in layout.PARTS}
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base index", description=__doc__)
-    parser.add_argument("--data_dir", "--data-dir", type=Path, required=True, help="COCO folder: annotations/, train2017/, val2017/")
+    parser.add_argument("--data_dir", "--data-dir", type=Path, required=True, help="folder of the data set, in a layout of COCO or Pascal VOC")
+    layout.flags(parser, *layout.PARTS)
     options = parser.parse_args(arguments)
-    for annotations, _ in parts_of(options.data_dir).values():
+    for annotations, _ in parts_of(options.data_dir, layout.stated(options)).values():
         began = time.perf_counter()
         index = AnnotationIndex.open(annotations, log=lambda line: print(line, file=sys.stderr, flush=True))
         print(describe(index, time.perf_counter() - began), flush=True)

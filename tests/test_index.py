@@ -20,6 +20,7 @@ from base import index as index_module
 from base.errors import UserError
 from base.index import AnnotationIndex
 from base.tools import bench, bench_index
+from data_sets import coco_json
 from data_sets import pack as index_tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -313,7 +314,7 @@ def test_touched_file_is_not_packed_again(tmp_path, monkeypatch):
     file = write(tmp_path, coco())
     before = AnnotationIndex.open(file)
     os.utime(file)
-    monkeypatch.setattr(index_module, "parse", lambda file: pytest.fail("parsed again"))
+    monkeypatch.setattr(coco_json, "parse", lambda file: pytest.fail("parsed again"))
     after = AnnotationIndex.open(file)
     assert after.origin == "refreshed" and after.to_coco() == before.to_coco()
     assert AnnotationIndex.open(file).origin == "current"
@@ -447,12 +448,13 @@ def test_tool_prints_counts_and_reasons(tmp_path, capsys):
     folder = tmp_path / "annotations"
     with pytest.raises(UserError, match="--demo-data"):
         index_tool.main(["--data_dir", str(tmp_path)])
-    folder.mkdir()
+    for made in ("annotations", "train2017", "val2017"):
+        (tmp_path / made).mkdir()
     write(folder, changed("annotations", 0, bbox=[1, 2, 0, 4]), "instances_train2017.json")
-    with pytest.raises(UserError, match="instances_val2017.json"):
+    with pytest.raises(UserError, match="instances_train2017.json is there and no validation part"):
         index_tool.main(["--data_dir", str(tmp_path)])
     write(folder, coco(), "instances_val2017.json")
-    assert index_tool.main(["--data-dir", str(tmp_path)]) == 0
+    assert index_tool.main(["--data-dir", str(tmp_path)]) == index_tool.main(["--data-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"1 × box width or height <= 0", out) and '"bbox": [1, 2, 0, 4]' in out and "packed in" in out and "current in" in out
 

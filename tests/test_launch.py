@@ -194,15 +194,14 @@ def layout(here, demo_data):
 def test_each_missing_part_of_the_layout_is_named(refused, layout, part):
     folder = layout(part)
     said = refused("--config", "demo", "--data_dir", folder)
-    assert said.startswith(f"data folder {folder} lacks {part}; it needs train2017/, val2017/")
-    assert "and holds annotations" in said
+    missing = "part" if part.endswith(".json") else f"the folder of the images of annotations/instances_{part}.json"
+    assert said.startswith(f"data folder {folder}: ") and missing in said and "It holds annotations/" in said and "--val_annotations" in said
 
 
-def test_all_missing_parts_are_named_together(refused, here):
+def test_nothing_in_the_data_folder(refused, here):
     (here / "data").mkdir()
     said = refused("--config", "demo", "--data_dir", here / "data")
-    assert "lacks train2017, annotations/instances_train2017.json, val2017, annotations/instances_val2017.json;" in said
-    assert "holds nothing" in said
+    assert "no annotations are found; looked for COCO's annotations/instances_{train,val}*.json" in said and "It holds nothing" in said
 
 
 def test_folders_without_the_images(refused, layout, here):
@@ -219,7 +218,7 @@ def test_folders_without_the_images(refused, layout, here):
 def test_data_that_is_no_folder_or_not_named(refused, here):
     (here / "file").write_text("x")
     assert "data folder file does not exist" in refused("--config", "demo", "--data_dir", "file")
-    assert "--data_dir is missing: a folder with train2017/" in refused("--name", "reference", "--config", "DGX1_32")
+    assert "--data_dir is missing: a folder with COCO's annotations/" in refused("--name", "reference", "--config", "DGX1_32")
     assert "--data_dir is missing" in refused("--config", "demo", "--data_dir=")
 
 

@@ -1,8 +1,10 @@
 """``python -m base config --name B --config C``: the resolved configuration and where each value comes from."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
+from base.config import with_layout
 from base.errors import UserError
 from base.records import config_text
 from base.tools.launch import fresh, parse
@@ -16,6 +18,8 @@ def main(arguments: list[str]) -> int:
     if flags.resume or flags.list:
         raise UserError("config takes --name, --config and keys; a finished run keeps its own in config.yaml")
     name, resolved = fresh(flags, overrides)
+    if resolved.config.data_dir and Path(resolved.config.data_dir).is_dir():
+        resolved = with_layout(resolved, lambda line: None)
     if not shell:
         print(config_text(resolved, name), end="")
         return 0

@@ -1,7 +1,7 @@
 """A checkpoint made ready to detect: what `evaluate`, `predict` and `export` start from."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,9 @@ from base.backends import DEFAULT_BACKEND
 from base.config import Config, validate
 from base.contracts import Step
 from base.distributed import device_for
+from base.errors import UserError
+from base.index import AnnotationIndex
+from data_sets import layout
 
 CHECKPOINT = "a run's folder (its best), a file of its folder checkpoints/, or one of the MLPerf reference"
 
@@ -64,3 +67,35 @@ def open_checkpoint(path: Path, name: str, device: str = "auto", **changes) -> D
     model.to(place)
     step = backend.step(model=model, optimizer=None, matcher=backend.matcher, loss=backend.loss, device=place)
     return Detector(backend, config, model, step, place, list(categories["ids"]), list(categories["names"]))
+
+
+def flags_of_data(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """The flags for `on_data`."""
+    parser.add_argument("--data_dir", "--data-dir", default=None, help=f"data folder{purpose} (default: the one it was trained on)")
+    layout.flags(parser, "val")
+
+
+def on_data(detector: Detector, flags: argparse.Namespace) -> Detector:
+    """With the validation part of the data set that the flags name, or that it was trained on.
+
+    Raises UserError if there is none, or its classes are others than the detector's.
+    """
+    config = detector.config
+    folder = flags.data_dir or config.data_dir
+    if not folder:
+        raise UserError(f"{flags.checkpoint} does not say which data it was trained on; pass --data_dir")
+    own = {key: getattr(config, key) for key in layout.COCO_2017}
+    paths, found = layout.find(Path(folder), own, layout.stated(flags), ("val",))
+    if found:
+        print(f"data found in {folder}: {found}", flush=True)
+    config = validate({**config.model_dump(mode="json"), "data_dir": str(folder), **paths}, {})
+    index = AnnotationIndex.open(config.path("val_annotations"))
+    known = dict(zip(detector.category_ids, detector.names, strict=True))
+    here = dict(zip(index.category_ids.tolist(), index.category_names, strict=True))
+    if known != here:
+        key = min(key for key in known.keys() | here.keys() if known.get(key) != here.get(key))
+        raise UserError(
+            f"{flags.checkpoint} knows {len(known)} classes and {index.annotation_file} has {len(here)}, not the same: category {key} is "
+            f"{known.get(key, 'missing')!r} in the checkpoint and {here.get(key, 'missing')!r} in the data; evaluate it on data of its own classes"
+        )
+    return replace(detector, config=config)

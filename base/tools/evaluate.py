@@ -4,25 +4,17 @@ import argparse
 
 from base.contracts import FIGURES
 from base.distributed import Ranks
-from base.errors import UserError
 from base.evaluate import detect, judged, make_eval_loader
-from base.index import AnnotationIndex
-from base.tools.detector import flags_of_a_detector, open_checkpoint
+from base.tools.detector import flags_of_a_detector, flags_of_data, on_data, open_checkpoint
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base evaluate", description=__doc__)
     flags_of_a_detector(parser)
-    parser.add_argument("--data_dir", "--data-dir", default=None, help="data folder (default: the one it was trained on)")
+    flags_of_data(parser, "")
     flags = parser.parse_args(arguments)
-    changes = {"workers": flags.workers} | ({"data_dir": flags.data_dir} if flags.data_dir else {})
-    found = open_checkpoint(flags.checkpoint, flags.name, flags.device, **changes)
+    found = on_data(open_checkpoint(flags.checkpoint, flags.name, flags.device, workers=flags.workers), flags)
     backend, config = found.backend, found.config
-    if not config.data_dir:
-        raise UserError(f"{flags.checkpoint} does not say which data it was trained on; pass --data_dir")
-    ids = AnnotationIndex.open(config.path("val_annotations")).category_ids.tolist()
-    if ids != found.category_ids:
-        raise UserError(f"{flags.checkpoint} knows categories {found.category_ids}, the data set has {ids}")
     ranks = Ranks(0, 1, found.device)
     arrays, _ = detect(backend, config, ranks, found.step, found.model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
     evaluator = judged(backend, config.path("val_annotations"), arrays)

@@ -25,7 +25,7 @@ from base.contracts import Detections
 from base.distributed import Ranks
 from base.errors import UserError
 from base.evaluate import figures, flat, make_eval_loader
-from base.tools.detector import CHECKPOINT, Detector, open_checkpoint
+from base.tools.detector import CHECKPOINT, Detector, flags_of_data, on_data, open_checkpoint
 from base.weights import from_mlperf, to_mlperf
 
 OPSET = 20
@@ -179,16 +179,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file to write: .onnx, .pt2 or .pt")
     parser.add_argument("--dense", action="store_true", help="no suppression in the .onnx: outputs of every default box")
     parser.add_argument("--score", type=float, default=0.05, help="lowest score of a detection (default: %(default)s)")
-    parser.add_argument("--data_dir", "--data-dir", default=None, help="data folder to check on (default: the one it was trained on)")
+    flags_of_data(parser, " to check on")
     parser.add_argument("--no_check", "--no-check", action="store_true", help="do not run what was written")
     flags = parser.parse_args(arguments)
-    detector = open_checkpoint(flags.checkpoint, "reference", "cpu", workers=1, **({"data_dir": flags.data_dir} if flags.data_dir else {}))
+    detector = open_checkpoint(flags.checkpoint, "reference", "cpu", workers=1)
     kind = flags.out.suffix
     if kind not in (".onnx", ".pt2", ".pt"):
         raise UserError(f"--out {flags.out} must end in .onnx, .pt2 or .pt")
     checked = kind != ".pt" and not flags.no_check
-    if checked and not detector.config.data_dir:
-        raise UserError(f"{flags.checkpoint} does not say which data it was trained on; pass --data_dir to check the file on, or --no_check")
+    if checked:
+        detector = on_data(detector, flags)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     if kind == ".pt":
         state = detector.model.state_dict()

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from base.backends import DEFAULT_BACKEND, backend_folder, list_backends
-from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate
+from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate, with_layout
 from base.errors import UserError
 from base.index import AnnotationIndex
+from data_sets.layout import LOOKED_FOR
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_DATA = ROOT / "data" / "demo"
@@ -32,7 +33,6 @@ RESUMABLE = {
     "workers", "epochs", "max_steps", "target", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "timeout", "device",
     "bind_cores", "telemetry_seconds",
 }  # fmt: skip
-LAYOUT = "train2017/, val2017/, annotations/instances_train2017.json and annotations/instances_val2017.json"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,8 +131,10 @@ def main(arguments: list[str]) -> int:
 
 def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
     """Checks one run and trains it."""
-    command = torchrun_arguments(flags, resolved, name, folder)
     draws = resolved.config.data_dir == str(DEMO_DATA) and not DEMO_DATA.exists()
+    if not draws:
+        resolved = found(resolved)
+    command = torchrun_arguments(flags, resolved, name, folder)
     if not draws:
         check_data(resolved.config)
     backend = check_backend(name, resolved)
@@ -227,20 +229,15 @@ def resumed(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, 
     return name, Resolved(validate(values, sources), sources), folder
 
 
+def found(resolved: Resolved) -> Resolved:
+    """The configuration with the four paths as they lie in the data folder."""
+    if not resolved.config.data_dir:
+        raise UserError(f"--data_dir is missing: a folder with {LOOKED_FOR}; prepare.py --download fetches COCO 2017")
+    return with_layout(resolved, print)
+
+
 def check_data(config: Config) -> None:
-    """The data folder has the layout, its annotations are packed and readable, its images are where they should be."""
-    if not config.data_dir:
-        raise UserError(f"--data_dir is missing: a folder with {LAYOUT}; prepare.py --download fetches COCO 2017")
-    folder = Path(config.data_dir)
-    if not folder.is_dir():
-        raise UserError(
-            f"data folder {folder} does not exist; it needs {LAYOUT}; prepare.py --download fetches COCO 2017, --demo-data draws a small set"
-        )
-    missing = [key for key in ("train_images", "train_annotations", "val_images", "val_annotations") if not config.path(key).exists()]
-    if missing:
-        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        names = ", ".join(str(getattr(config, key)) for key in missing)
-        raise UserError(f"data folder {folder} lacks {names}; it needs {LAYOUT}, and holds {there}")
+    """The annotations are packed and readable, and the images are where they should be."""
     for kind in ("train", "val"):
         index, images = AnnotationIndex.open(config.path(f"{kind}_annotations"), log=print), config.path(f"{kind}_images")
         if not len(index):
