@@ -55,9 +55,9 @@ def test_buckets_beside_the_backward_pass_are_never_slower_than_after_it(work, n
 
 def test_steps_worked_out_by_hand():
     slow = Network(Link(0.0, 10.0))  # 10 bytes a second: a ring of two sends each byte once
-    work = Work(6.0, 1, ((0.5, 10.0), (1.0, 20.0)), backward=4 / 6)
-    assert work.on(2, slow) == pytest.approx(2 + 4 + 2)  # forward, backward (its first bucket travels in its second half), second bucket
-    assert replace(work, parts=2).on(2, slow) == pytest.approx(2 + 2 + 2 + 2)  # the first part's backward pass sends nothing
+    work = Work(6.0, 1, ((0.5, 30.0), (1.0, 20.0)), backward=4 / 6)
+    assert work.on(2, slow) == pytest.approx(2 + 2 + 3 + 2)  # forward, half of backward, then one bucket after the other
+    assert replace(work, parts=2).on(2, slow) == pytest.approx(4 + 1 + 3 + 2)  # the first part's gradients wait for the second's
     assert replace(work, buckets=((1.0, 30.0),)).on(2, slow) == pytest.approx(6 + 3)
     assert Link(1.0, 4.0).ring(4, 8.0) == 6 * (1 + 0.5) and Link(1.0, 4.0).tree(8, 8.0) == 6 * 1 + 2 * 2
     nodes = Network(Link(1.0, 4.0), 2, Link(3.0, 1.0))
@@ -108,15 +108,20 @@ def run(demo_data, tmp_path_factory):
 def test_a_plan_from_a_run(run, capsys, tmp_path):
     link = ["--latency", "5", "--bandwidth", "100", "--devices-per-node", "8", "--node-latency", "10", "--node-bandwidth", "100"]
     found = measured(run)
-    assert (found.classes, found.images, found.device) == (6, 70, "cpu") and found.detection > 0 and found.figures > 0
+    assert (found.classes, found.images, found.device) == (6, 71, "cpu") and found.detection > 0 and found.figures > 0
     assert main(["--from", str(run), *link, "--gradient-bucket-mb", "4", "--json", str(tmp_path / "plan.json")]) == 0
     shown = capsys.readouterr().out
     content = json.loads((tmp_path / "plan.json").read_text())
     assert [row["devices"] for row in content["predicted"]] == [1 << power for power in range(11)]
     first, *others = content["predicted"]
-    assert first["step_seconds"] == found.step and first["efficiency"] == 1 and first["epoch_seconds"] == 70 // 4 * found.step
+    assert first["step_seconds"] == found.step and first["efficiency"] == 1 and first["epoch_seconds"] == 71 // 4 * found.step
     assert all(0 < row["efficiency"] <= 1 for row in others) and others[-1]["epoch_seconds"] is None  # fewer images than a global batch
-    assert others[7]["global_batch"] == 1024 and others[7]["epochs"] == [50, 50] and others[6]["epochs"] is None
+    assert all(row["epochs"] is row["minutes"] is None for row in content["predicted"])  # it is not COCO
+    assert main(["--from", str(run), *link, "--images", "117266", "--json", str(tmp_path / "plan.json")]) == 0
+    rows = json.loads((tmp_path / "plan.json").read_text())["predicted"]
+    assert [row["epochs"] for row in rows[7:]] == [None, [50, 50], [65, 65], [85, 90]]  # global batches of 512 … 4096
+    spent = 50 * rows[8]["epoch_seconds"] + evaluations(found.config, 50) * (found.detection / 256 + found.figures)
+    assert rows[8]["minutes"] == pytest.approx([spent / 60] * 2) and rows[8]["epoch_seconds"] == 114 * rows[8]["step_seconds"]
     for text in ("128×DGX A100", "336,302", "not known", "other hardware"):
         assert text in shown
 

@@ -8,7 +8,8 @@ import argparse
 import csv
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from base import checkpoint
@@ -18,9 +19,11 @@ from base.distributed import device_type, devices_here
 from base.errors import UserError
 from base.schedule import evaluates_after
 from base.tools import averaging
+from base.tools.launch import spelled
 from base.tools.scaling import Link, Network, Work, epochs_to_target
 
 DEVICES = tuple(1 << power for power in range(11))  # 1 … 1024
+COCO = 117_266  # training images with boxes: those of the published results
 AGREEMENTS, AGREEMENT = 2, 24  # small sums over the ranks' hosts in every step of `base.train`, and the bytes of one
 
 
@@ -91,7 +94,8 @@ def predicted(run: Measured, work: Work, network: Network, devices: int, batch: 
     if host and devices > 1:
         agreed = AGREEMENTS * Link(host, float("inf")).ring(devices, AGREEMENT)
         step = step + agreed if run.device == "cpu" else max(step, agreed)  # an accelerator works meanwhile
-    rate, steps, needed = global_batch / step, run.images // global_batch, epochs_to_target(global_batch)
+    rate, steps = global_batch / step, run.images // global_batch
+    needed = epochs_to_target(global_batch) if run.images == COCO else None
     alone = work.batch / work.seconds
     evaluation = run.detection / devices + run.figures
     row = {"devices": devices, "global_batch": global_batch, "step_seconds": step, "images_per_second": rate, "efficiency": rate / devices / alone}
@@ -111,7 +115,7 @@ def span(ends: tuple[float, float] | None, form: str) -> str:
     return "not known" if ends is None else "–".join(dict.fromkeys(format(end, form) for end in ends))
 
 
-def table(rows: list[dict], points: list[dict], images: int) -> str:
+def table(rows: list[dict], points: list[dict]) -> str:
     """Predictions and published points by the number of devices, the predictions first."""
     head = ("devices", "", "global batch", "images/s", "a device", "efficiency", "s an epoch", "epochs", "minutes to 0.23")
     cells = [head]
@@ -122,15 +126,12 @@ def table(rows: list[dict], points: list[dict], images: int) -> str:
             cells.append((str(devices), "predicted", f"{row['global_batch']:,}", f"{rate:,.1f}", f"{rate / devices:,.1f}", *own))
         for row in (row for row in points if row["devices"] == devices):
             rate, minutes = row["images_per_second"], row["minutes"]
-            theirs = ("", f"{images / rate:,.1f}", f"{row['epochs']:.0f}", f"{minutes:.2f}" if minutes else "not known")
+            theirs = ("", f"{COCO / rate:,.1f}", f"{row['epochs']:.0f}", f"{minutes:.2f}" if minutes else "not known")
             what = f"published: {row['system']}, {row['software']}"
             cells.append((f"{devices:.0f}", what, f"{row['global_batch']:,.0f}", f"{rate:,.0f}", f"{rate / devices:,.0f}", *theirs))
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    lines = (
-        [cell.ljust(width) if column == 1 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        for row in cells
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    form = "  ".join(f"{{:{'<' if column == 1 else '>'}{width}}}" for column, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in cells)
 
 
 def check_table(rows: list[dict]) -> str:
@@ -171,38 +172,32 @@ def main(arguments: list[str]) -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--from", dest="run", type=Path, metavar="RUN", help="folder of a run on one device, some 100 steps long")
     what.add_argument("--check", action="store_true", help="predict and measure steps of 1, 2 and 4 processes on this machine (Gloo)")
-    parser.add_argument("--devices", type=positive, nargs="+", default=list(DEVICES), metavar="N", help="how many (default: 1, 2, 4 … 1024)")
-    parser.add_argument("--global_batch", type=positive, metavar="G", help="keep the global batch; by default each device keeps its own")
+    parser.add_argument("--devices", type=whole(1), nargs="+", default=list(DEVICES), metavar="N", help="how many (default: 1, 2, 4 … 1024)")
+    parser.add_argument("--global_batch", type=whole(1), metavar="G", help="keep the global batch; by default each device keeps its own")
+    parser.add_argument("--images", type=whole(1), metavar="N", help="training images of an epoch, such as 117266 (default: as in RUN)")
     parser.add_argument("--latency", type=number, metavar="US", help="of a message between two devices, in µs")
     parser.add_argument("--bandwidth", type=number, metavar="GBS", help="what a device sends and at the same time receives, in GB/s")
-    parser.add_argument("--devices_per_node", type=positive, metavar="D", help="beyond them a second link begins")
+    parser.add_argument("--devices_per_node", type=whole(1), metavar="D", help="beyond them a second link begins")
     parser.add_argument("--node_latency", type=number, metavar="US", help="of a message between two nodes, in µs")
     parser.add_argument("--node_bandwidth", type=number, metavar="GBS", help="of a node with all its cards, in GB/s")
     parser.add_argument("--host_latency", type=number, metavar="US", help="of a message between two hosts' processes, in µs (default: left out)")
     parser.add_argument("--loader", type=number, metavar="R", help="images/s that the loaders of a node give (default: no limit)")
     parser.add_argument("--backward", type=share, default=averaging.BACKWARD, help="the backward pass's part of a step (default: %(default).3f)")
     for key in ("gradient_bucket_mb", "norm_ranks"):
-        parser.add_argument(f"--{key}", type=not_negative, metavar="N", help="as in training (default: as in RUN)")
+        parser.add_argument(f"--{key}", type=whole(0), metavar="N", help="as in training (default: as in RUN)")
     parser.add_argument("--gradient_compression", choices=("none", "bf16", "fp16"), help="as in training (default: as in RUN)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
     flags = parser.parse_args([spelled(argument) for argument in arguments])
     return check(flags) if flags.check else plan(flags)
 
 
-def spelled(argument: str) -> str:
-    """A flag may be written with - or with _, as in training."""
-    name, sign, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + sign + value if name.startswith("--") else argument
+def whole(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
 
-
-def not_negative(text: str) -> int:
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
-def positive(text: str) -> int:
-    return not_negative(str(int(text) - 1)) + 1
+    return whole_number
 
 
 def number(text: str) -> float:
@@ -228,6 +223,7 @@ def check(flags: argparse.Namespace) -> int:
 
 def plan(flags: argparse.Namespace) -> int:
     run = measured(flags.run)
+    run = replace(run, images=flags.images or run.images)
     keys = ("gradient_bucket_mb", "gradient_compression", "norm_ranks")
     changed = {key: getattr(flags, key) for key in keys if getattr(flags, key) is not None}
     config = run.config.model_copy(update=changed)
@@ -253,10 +249,11 @@ def plan(flags: argparse.Namespace) -> int:
         f"link        {inside}, {source}\n"
         f"evaluation  {run.detection:.1f} s detecting, shared out over the devices; {run.figures:.1f} s for the figures, not shared out\n"
     )
-    print(table(rows, points, run.images))
+    print(table(rows, points))
     print(
-        "\nPublished points are of other hardware and software and were measured by others; their images/s include evaluation.\n"
-        "Epochs to 0.23 are MLPerf's reference convergence points for COCO (global batch 1024 to 4096), with straight lines between them."
+        f"\nPublished points are of other hardware and software, by others, on COCO's {COCO:,} images; their images/s include evaluation.\n"
+        f"A predicted epoch is of {run.images:,} images. Epochs to mAP 0.23, known for COCO only, are MLPerf's reference convergence points for\n"
+        "global batches from 1024 to 4096, with straight lines between them."
     )
     if flags.json:
         content = {"measured": {**asdict(run), "config": str(flags.run / "config.yaml")}, "work": asdict(work), "network": asdict(network)}

@@ -22,7 +22,7 @@ class Link:
 
     def tree(self, ends: int, size: float) -> float:
         """The same in two binary trees that share the work, up and down (Sanders, Speck and Träff 2009)."""
-        return 2 * math.ceil(math.log2(ends)) * self.latency + (ends > 1) * 2 * size / self.bandwidth
+        return 2 * (math.ceil(math.log2(ends)) * self.latency + size / self.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Network:
         """
         here = min(devices, self.devices_per_node or devices)
         seconds = self.inside.ring(here, size)
-        if nodes := math.ceil(devices / here) - 1:
-            seconds += min(self.between.ring(nodes + 1, size), self.between.tree(nodes + 1, size))
+        if (nodes := math.ceil(devices / here)) > 1:
+            seconds += min(self.between.ring(nodes, size), self.between.tree(nodes, size))
         return seconds
 
 
