@@ -143,6 +143,7 @@ def test_a_fixed_global_batch_and_limits(run, capsys, tmp_path):
     [
         (["--latency", "5"], "a link is --latency and --bandwidth together"),
         (["--latency", "5", "--bandwidth", "9", "--devices_per_node", "8"], "more than 8 devices are several nodes"),
+        (["--latency", "5", "--bandwidth", "9", "--global_batch", "6", "--devices", "4", "8"], "cannot be shared out over any of --devices 4 8"),
         (["--latency", "5", "--bandwidth", "9", "--norm_ranks", "3", "--devices", "4"], "norm_ranks 3 must divide the 4 ranks"),
     ],
 )

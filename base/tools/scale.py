@@ -83,12 +83,12 @@ def published() -> list[dict]:
     return rows
 
 
-def predicted(run: Measured, work: Work, network: Network, devices: int, batch: float, loader: float | None, host: float | None) -> dict:
+def predicted(run: Measured, work: Work, network: Network, devices: int, batch: int, loader: float | None, host: float | None) -> dict:
     """One row: a step, an epoch and the way to mAP 0.23 on so many devices with ``batch`` images each.
 
     ``loader``: images/s of a node's, ``host``: seconds of a message between two hosts; None leaves them out.
     """
-    step, global_batch = work.on(devices, network, batch), round(devices * batch)
+    step, global_batch = work.on(devices, network, batch), devices * batch
     if loader:
         step = max(step, min(devices, network.devices_per_node or devices) * batch / loader)
     if host and devices > 1:
@@ -235,19 +235,22 @@ def plan(flags: argparse.Namespace) -> int:
     options = {"parts": config.gradient_accumulation, "norm_ranks": config.norm_ranks}
     work = averaging.work(detector, run.step, config.batch_size, *sent, flags.backward, **options)
     host = flags.host_latency and flags.host_latency * 1e-6
-    rows = []
-    for devices in sorted(set(flags.devices)):
-        batch = flags.global_batch / devices if flags.global_batch else config.batch_size
-        if batch >= 1:
-            rows.append(predicted(run, work, network, devices, batch, flags.loader, host))
+    counts = [n for n in sorted(set(flags.devices)) if not flags.global_batch or flags.global_batch % n == 0]
+    if not counts:
+        raise UserError(f"--global_batch {flags.global_batch} cannot be shared out over any of --devices {' '.join(map(str, flags.devices))}")
+    batches = [flags.global_batch // n if flags.global_batch else config.batch_size for n in counts]
+    rows = [predicted(run, work, network, n, batch, flags.loader, host) for n, batch in zip(counts, batches, strict=True)]
     points, total = published(), sum(size for _, size in work.buckets)
     inside = f"{network.inside.latency * 1e6:.3g} µs, {network.inside.bandwidth / 1e9:.3g} GB/s"
+    judging = f"{run.detection:.1f} s detecting, shared out over the devices; {run.figures:.1f} s for the figures, not shared out"
+    if not run.detection + run.figures:
+        judging = "none in the records: all times are of training alone"
     step = f"{run.step * 1e3:.1f} ms a step of {config.batch_size} images (median of {run.spans} stretches)"
     print(
         f"one device  {step}, of it {run.waited / run.step:.0%} waiting for the loader; backend {run.backend}, {run.device}\n"
         f"gradients   {total / 1e6:.1f} MB in {len(work.buckets)} bucket(s); the backward pass is {flags.backward:.3f} of a step\n"
         f"link        {inside}, {source}\n"
-        f"evaluation  {run.detection:.1f} s detecting, shared out over the devices; {run.figures:.1f} s for the figures, not shared out\n"
+        f"evaluation  {judging}\n"
     )
     print(table(rows, points))
     print(
