@@ -63,11 +63,11 @@ def train(ranks: Ranks, cases: dict[str, dict]) -> dict[str, tuple]:
     """Trains on its part of every batch, once for each case: name → (losses, state of the model)."""
     found = {}
     for name, case in cases.items():
-        options = {"backend": "reference", "use": {}, "steps": STEPS, "norm_ranks": 0, **case}
-        backend = load_backend(options.pop("backend"), options.pop("use"))
-        steps = options.pop("steps")
-        step, model = built(backend, ranks, options.pop("norm_ranks"), 96, **options)
-        losses = [step(Batch(*(t.chunk(ranks.world_size)[ranks.rank] for t in batch)), RATE).item() for batch in batches()[:steps]]
+        options = {"backend": "reference", "use": {}, "steps": STEPS, "side": 96, "norm_ranks": 0, **case}
+        backend, side, count = load_backend(options.pop("backend"), options.pop("use")), options.pop("side"), options.pop("steps")
+        step, model = built(backend, ranks, options.pop("norm_ranks"), side, **options)
+        given = [batch._replace(images=batch.images[:, :: 96 // side, :: 96 // side]) for batch in batches()[:count]]
+        losses = [step(Batch(*(t.chunk(ranks.world_size)[ranks.rank] for t in batch)), RATE).item() for batch in given]
         found[name] = torch.tensor(losses), model.state_dict()
     return found
 

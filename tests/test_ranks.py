@@ -32,7 +32,7 @@ GROUPS = (1, 2, 4, 8)  # ranks that share statistics
 for _name in NAMES:
     CASES[2] |= {f"{_name}, {case}": {"backend": _name, "norm_ranks": 1, **options} for case, options in (BUCKETS | PARTS).items()}
     for _group in GROUPS:  # in float32, whatever the backend's step multiplies in
-        few = {"backend": _name, "use": {"step": "reference"}, "steps": 2}
+        few = {"backend": _name, "use": {"step": "reference"}, "steps": 2, "side": 48}
         CASES[8][f"{_name}, groups of {_group}"] = {**few, "norm_ranks": _group}
         CASES[8 // _group][f"{_name}, each alone"] = {**few, "norm_ranks": 1}
 
