@@ -60,7 +60,7 @@ class Run:
     telemetry: Sampler
     progress: Progress = field(default_factory=Progress)
     skipped: set[str] = field(default_factory=set)  # images that could not be read and have been listed
-    evaluating: tuple[int, int, float] | None = None  # (epoch, step, start) of the evaluation in the background, on every rank
+    evaluating: tuple[int, int, float, float] | None = None  # in the background: (epoch, step, start, seconds of detection), on every rank
     evaluation: Background | None = None  # and its process, on the first
     launched: deque = field(default_factory=deque)  # steps whose loss has not been read yet: (step, rate, image ids, loss, seconds waited)
 

@@ -194,6 +194,7 @@ def evaluate_epoch(state: Run, epoch: int) -> bool:
     state.records.mlperf.eval_start(epoch)
     before = state.telemetry.switch("evaluation")
     arrays, bad = detect(state.backend, config, ranks, state.step, state.model.default_boxes, state.eval_loader, state.stopped)
+    detected = time.monotonic() - began
     report_skipped(state, bad)
     if arrays is None:
         return False
@@ -202,10 +203,10 @@ def evaluate_epoch(state: Run, epoch: int) -> bool:
         if ranks.is_first:
             parts = (state.backend.name, config.use, config.path("val_annotations"), arrays, state.folder)
             state.evaluation = Background(*parts)
-        state.evaluating = (epoch, state.progress.step, began)
+        state.evaluating = (epoch, state.progress.step, began, detected)
     else:
         found = figures(state.backend, config.path("val_annotations"), arrays) if ranks.is_first else None
-        record_evaluation(state, epoch, state.progress.step, ranks.gathered(found)[0], time.monotonic() - began)
+        record_evaluation(state, epoch, state.progress.step, ranks.gathered(found)[0], time.monotonic() - began, detected)
     state.telemetry.switch(before)
     state.progress.seconds += time.monotonic() - began
     return True
@@ -215,7 +216,7 @@ def collect(state: Run) -> None:
     """Waits for the evaluation in the background, if there is one, and records it."""
     if state.evaluating is None:
         return
-    (epoch, step, began), state.evaluating = state.evaluating, None
+    (epoch, step, began, detected), state.evaluating = state.evaluating, None
     found, failure = None, ""
     if state.evaluation is not None:
         try:
@@ -224,15 +225,18 @@ def collect(state: Run) -> None:
             failure = str(error)
         state.evaluation = None
     exchange(state, failure)
-    record_evaluation(state, epoch, step, state.ranks.gathered(found)[0], time.monotonic() - began)
+    record_evaluation(state, epoch, step, state.ranks.gathered(found)[0], time.monotonic() - began, detected)
 
 
-def record_evaluation(state: Run, epoch: int, step: int, found: dict[str, float], seconds: float) -> None:
-    """Records the figures of the weights after ``step`` and keeps their checkpoint if they are the best."""
+def record_evaluation(state: Run, epoch: int, step: int, found: dict[str, float], seconds: float, detected: float) -> None:
+    """Records the figures of the weights after ``step``, found in ``seconds``, and keeps their checkpoint if they are the best.
+
+    After ``detected`` seconds all ranks' detections were there.
+    """
     state.records.mlperf.eval_stop(epoch, found["AP"])
     best = state.progress.best
     state.progress.evaluations.append({"epoch": epoch, "step": step, **found})
-    state.records.metric("evaluation", epoch=epoch, step=step, seconds=round(seconds, 3), **found)
+    state.records.metric("evaluation", epoch=epoch, step=step, seconds=round(seconds, 3), detection_seconds=round(detected, 3), **found)
     state.records.log(f"epoch {epoch}: mAP {found['AP']:.4f}, AP50 {found['AP50']:.4f} ({seconds:.1f} s)")
     failure = ""
     if state.ranks.is_first and (best is None or found["AP"] > best["AP"]):

@@ -1,7 +1,5 @@
 """Checks of model, optimizer and step: the same weights and inputs as the reference's."""
 
-import os
-import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 from base import distributed
 from base.backend import Backend, load_backend
 from base.contracts import Batch
+from base.tools.ranks import on_ranks
 from base.weights import from_mlperf
 from conformance.parts import CLASSES, Found, Kit, NotChecked, apart, golden, random_truth, relative, wrong
 
@@ -198,15 +197,14 @@ def prediction(kit: Kit) -> Found:
     kit.backend.step(model=model, optimizer=None, matcher=None, loss=None, device=kit.device).load_state_dict(own.state_dict())
 
 
-def rank_main(rank: int, work: Callable, port: int, name: str, use: dict, kind: str, seed: int, folder: str) -> None:
-    """One of two ranks: leaves what ``work(kit, ranks)`` returns in ``folder``."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def rank_main(work: Callable, name: str, use: dict, kind: str, seed: int, folder: str):
+    """What ``work(kit, ranks)`` returns on this rank."""
     backend = load_backend(name, use)
     torch.backends.cudnn.allow_tf32 = False  # as in the process that started this one
     ranks = distributed.join(kind, "gloo" if kind == "cpu" else backend.distributed, 120)
-    kit = Kit(backend, load_backend("reference"), ranks.device, seed, Path(folder), use)
-    torch.save(work(kit, ranks), f"{folder}/rank{rank}.pt")
+    found = work(Kit(backend, load_backend("reference"), ranks.device, seed, Path(folder), use), ranks)
     distributed.leave()
+    return found
 
 
 def on_two_ranks(kit: Kit, work: Callable) -> list:
@@ -214,11 +212,7 @@ def on_two_ranks(kit: Kit, work: Callable) -> list:
     kind = kit.device.type
     if kind != "cpu" and distributed.devices_here(kind) < 2:
         raise NotChecked("needs two devices")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (work, port, kit.backend.name, kit.use, kind, kit.seed, str(kit.scratch)), nprocs=2)
-    return [torch.load(kit.scratch / f"rank{rank}.pt", map_location="cpu") for rank in (0, 1)]
+    return on_ranks(2, rank_main, work, kit.backend.name, kit.use, kind, kit.seed, str(kit.scratch))
 
 
 def model_of_a_rank(kit: Kit, ranks: distributed.Ranks) -> list[tuple]:

@@ -75,12 +75,8 @@ def parser(command: str = "bash run_training.sh") -> argparse.ArgumentParser:
 
 def parse(arguments: list[str], command: str = "bash run_training.sh") -> tuple[argparse.Namespace, dict[str, Any]]:
     """→ (flags of the launcher, configuration keys that flags set)."""
-    spelled = []
-    for argument in arguments:
-        name, sign, value = argument.partition("=")
-        spelled.append(name.replace("-", "_").replace("__", "--", 1) + sign + value if argument.startswith("--") else argument)
     known_flags = parser(command)
-    flags, unknown = known_flags.parse_known_args(spelled)
+    flags, unknown = known_flags.parse_known_args([spelled(argument) for argument in arguments])
     if unknown:
         known = [option for action in known_flags._actions for option in action.option_strings]
         close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=2, cutoff=0.5)
@@ -91,6 +87,12 @@ def parse(arguments: list[str], command: str = "bash run_training.sh") -> tuple[
     if flags.save_path:
         overrides["runs_dir"], flags.run_name = str(Path(flags.save_path).parent), Path(flags.save_path).name
     return flags, overrides
+
+
+def spelled(argument: str) -> str:
+    """A flag may be written with - or with _."""
+    name, sign, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + sign + value if argument.startswith("--") else argument
 
 
 def flag_value(key: str, text: str | list[str]) -> Any:
