@@ -1,4 +1,3 @@
-# shellcheck shell=bash disable=SC2034,SC2154 (what the sourcing script sets and uses)
 # The trials of a benchmark, one after the other; sourced by slurm.sh and docker.sh, which set and define:
 #   vendor             the backend whose script was called
 #   project            the project's folder, and `data`, `results`: DATADIR and LOGDIR, all as a training sees them

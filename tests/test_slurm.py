@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ TINY = [*SMALL, "--backbone", "resnet18", "--batch_size", "4", "--device", "cpu"
 
 def environment(**values: object) -> dict[str, str]:
     """This process's environment without what the scripts read, and with ``values``."""
-    kept = {name: value for name, value in os.environ.items() if name not in OURS and not name.startswith(("SLURM", "SBATCH"))}
+    kept = {name: value for name, value in os.environ.items() if name not in OURS and not name.startswith(("SLURM_JOB", "SBATCH"))}
     defaults = {"SSD_PYTHON": sys.executable, "IMAGE": sys.executable, "OMP_NUM_THREADS": "1", "CLEAR_CACHES": "0"}
     return kept | defaults | {name: str(value) for name, value in values.items()}
 
@@ -46,7 +47,17 @@ def events(log: Path) -> dict[str, object]:
 
 
 def results(text: str) -> list[str]:
-    return [line for line in text.splitlines() if re.fullmatch(r"RESULT,SINGLE_STAGE_DETECTOR,,\d+,reference,\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [AP]M", line)]
+    return re.findall(r"^RESULT,SINGLE_STAGE_DETECTOR,,\d+,reference,\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [AP]M$", text, re.MULTILINE)
+
+
+def wait_until(condition, seconds: float, told):
+    """Polls until the condition gives something; ``told`` is what to say if it does not."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s: {told()}")
 
 
 # The configuration for sbatch
@@ -104,14 +115,24 @@ def test_run_sub_far_from_the_project(tmp_path):
 # Without Slurm
 
 
-def test_run_sub_runs_here_without_slurm_and_leaves_what_is_done(tmp_path, demo_data):
-    values = {"DATADIR": demo_data, "LOGDIR": "logs", "DGXSYSTEM": "DGX1_32", "NEXP": 1}
-    done = call(["./run.sub", *TINY, "--max_steps", "1"], RUN_SUB.parent, **(values | {"LOGDIR": tmp_path / "logs"}))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "DGX1_32 is a configuration of the reference, not of nvidia: NAME=reference" in done.stdout
-    (result,), (log,) = results(done.stdout), (tmp_path / "logs").glob("*_1.log")
+@pytest.mark.long
+def test_run_sub_runs_here_without_slurm_goes_on_and_leaves_what_is_done(tmp_path, demo_data):
+    logs, flags = tmp_path / "logs", [*TINY, "--max_steps", "24", "--eval_every", "0"]
+    values = {"DATADIR": demo_data, "LOGDIR": logs, "DGXSYSTEM": "DGX1_32", "NEXP": 1}
+    run = logs / "reference-DGX1_32_1"
+    with subprocess.Popen(["./run.sub", *flags], cwd=RUN_SUB.parent, env=environment(**values), stdout=subprocess.PIPE, text=True) as first:
+        wait_until(lambda: (run / "metrics.jsonl").exists() and losses(run), 300, lambda: f"exit code {first.poll()}")
+        first.send_signal(signal.SIGTERM)
+        printed = first.communicate(timeout=300)[0]
+    assert first.returncode == 143 and "trial 1 of 1 was stopped" in printed and checkpoint.listed(run)
+    assert "DGX1_32 is a configuration of the reference, not of nvidia: NAME=reference" in printed
+
+    done = call(["./run.sub", *flags], RUN_SUB.parent, **values)
+    assert done.returncode == 0 and "trial 1 of 1 goes on" in done.stdout and [step for step, _ in losses(run)] == list(range(1, 25))
+    (result,), log = results(done.stdout), max(logs.glob("*_1.log"))
     assert result == log.read_text().splitlines()[-1] and events(log)["cache_clear"] is False
-    again = call([RUN_SUB, *TINY, "--max_steps", "1"], tmp_path, **values)
+
+    again = call([RUN_SUB, *flags], tmp_path, **values)
     assert again.returncode == 0 and f"trial 1 of 1 is done: {result}" in again.stdout and "begins" not in again.stdout
 
 
@@ -127,11 +148,18 @@ esac
 """
 
 
+SCONTROL = """case "$1 $2" in
+    "show hostnames") echo n1 && echo n2 ;;
+    "show node") echo "   NodeAddr=10.0.0.1 NodeHostName=n1" ;;
+esac
+"""
+
+
 def test_what_pyxis_is_given(tmp_path, demo_data):
     """The arguments only: this Slurm here has no Pyxis."""
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin" / "srun", SRUN)
-    program(tmp_path / "bin" / "scontrol", 'case "$1 $2" in "show hostnames") echo n1; echo n2 ;; "show node") echo "   NodeAddr=10.0.0.1 NodeHostName=n1" ;; esac')
+    program(tmp_path / "bin" / "scontrol", SCONTROL)
     values = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORD": tmp_path / "record", "ROOT": ROOT, "CONT": "registry/image:1"}
     values |= {"SLURM_JOB_ID": 12345, "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_NODELIST": "n[1-2]", "NEXP": 1, "NAME": "reference"}
     done = call([RUN_SUB, "--runs_dir", "a b"], tmp_path, CONFIG="DGX1_multinode", DATADIR=demo_data, LOGDIR="my logs", **values)
@@ -229,14 +257,15 @@ PartitionName=all Nodes=n1,n2 Default=YES
 """
 
 
-def wait_until(condition, seconds: float, what: str):
-    """Polls until the condition gives something."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.5)
-    raise AssertionError(f"not within {seconds} s: {what()}" if callable(what) else f"not within {seconds} s: {what}")
+def ranks_of(run: Path) -> list[int]:
+    """The processes of a run's ranks, which are told its folder."""
+    found, told = [], json.dumps({"folder": str(run)})[1:-1].encode()
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [int(command.parent.name)] * (told in command.read_bytes())
+        except OSError:
+            continue
+    return found
 
 
 @pytest.fixture
@@ -269,7 +298,7 @@ def cluster(tmp_path, monkeypatch):
         for command in commands:
             with open(folder / f"{Path(command[0]).name}-{command[-1].rpartition('/')[2]}.out", "w") as out:
                 started.append(subprocess.Popen(command, stdout=out, stderr=out))
-            wait_until(lambda: (folder / "munge.socket").exists(), 60, "munged's socket")
+            wait_until(lambda: (folder / "munge.socket").exists(), 60, lambda: "munged made no socket")
         wait_until(lambda: ask("sinfo", "-h", "-o", "%D %t") == "2 idle", 120, lambda: ask("sinfo", "-N", "-l"))
         yield ask
     finally:
@@ -289,41 +318,50 @@ def test_a_job_at_its_time_limit_saves_and_the_next_one_goes_on(cluster, tmp_pat
     """Two nodes, two trials: the second is still training when the time is over."""
     logs = tmp_path / "my logs"
     values = {"NAME": "reference", "CONFIG": "demo", "DATADIR": demo_data, "LOGDIR": logs, "NEXP": 2}
-    flags = [*TINY, "--nodes", "2", "--epochs", "1", "--eval_every", "0"]
     runs = [logs / f"reference-demo_{trial}" for trial in (1, 2)]
 
-    def submit(nodes: int) -> str:
+    def submit(nodes: int) -> tuple[str, Path]:
+        """→ the job, and the file that it prints to."""
+        flags = [*TINY, "--nodes", "2", "--epochs", "2", "--eval_every", "0"]
         done = call(["sbatch", "--parsable", "-N", nodes, "-t", "30", RUN_SUB, *flags], tmp_path, **values)
         assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        job = done.stdout.strip()
+        return job, tmp_path / f"slurm-{job}.out"
 
-    def over(job: str) -> str:
+    def until(job: tuple[str, Path], condition) -> None:
+        wait_until(condition, 400, lambda: job[1].read_text() if job[1].exists() else cluster("squeue", "-l"))
+
+    def over(job: tuple[str, Path]) -> str:
         """What the job printed, once it has ended."""
-        wait_until(lambda: cluster("squeue", "-h", "-o", "%T", "-j", job) in ("", f"squeue: {GONE}"), 400, lambda: (tmp_path / f"slurm-{job}.out").read_text())
-        return (tmp_path / f"slurm-{job}.out").read_text()
+        until(job, lambda: re.search("JobState=(COMPLETED|FAILED|TIMEOUT|CANCELLED)", cluster("scontrol", "show", "job", job[0])))
+        return job[1].read_text()
 
     assert "demo wants 2 node(s) and there are 1: sbatch -N 2 -t" in over(submit(1))
 
     job = submit(2)
-    wait_until(lambda: (runs[1] / "metrics.jsonl").exists() and losses(runs[1]), 400, lambda: (tmp_path / f"slurm-{job}.out").read_text())
-    cluster("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # minutes: over within the two that run.sub has Slurm warn before
+    until(job, lambda: (runs[1] / "metrics.jsonl").exists() and losses(runs[1]))
+    ranks = ranks_of(runs[1])
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)  # however fast this machine is, they are not done before the time is over
+    hours, minutes, _ = map(int, re.search(r"RunTime=(\d+):(\d+):(\d+)", cluster("scontrol", "show", "job", job[0])).groups())
+    cluster("scontrol", "update", f"JobId={job[0]}", f"TimeLimit={60 * hours + minutes + 2}")  # Slurm warns the tasks two minutes before
+    until(job, lambda: "CANCELLED" in job[1].read_text())
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
     printed = over(job)
-    assert "trial 2 of 2 was stopped" in printed and "ExitCode=143:0" in cluster("scontrol", "show", "job", job)
+    assert len(ranks) == 2 and "trial 2 of 2 was stopped" in printed and "ExitCode=143:0" in cluster("scontrol", "show", "job", job[0])
     saved = checkpoint.read(checkpoint.listed(runs[1])[0])["progress"]["step"]
-    assert 0 < saved < 9 and not (runs[1] / "result.txt").exists()  # 72 images, 8 a step
+    assert 0 < saved < len(losses(runs[0])) and not (runs[1] / "result.txt").exists()
     (first,) = results(printed)
     untouched = (runs[0] / "metrics.jsonl").stat().st_mtime_ns
 
     printed = over(submit(2))
     assert f"trial 1 of 2 is done: {first}" in printed and "trial 2 of 2 goes on" in printed
     assert f"resumed from step-{saved:09}.pt: {saved} steps done" in printed
-    (second,) = results(printed)
+    _, second = results(printed.replace("is done: ", "is done:\n"))
     assert second == (runs[1] / "result.txt").read_text().strip() and (runs[0] / "metrics.jsonl").stat().st_mtime_ns == untouched
     assert [events(run / "mlperf.log")["seed"] for run in runs] == [1, 2]
     for trial, run in enumerate(runs, 1):
-        assert [step for step, _ in losses(run)] == list(range(1, 10))
+        assert [step for step, _ in losses(run)] == list(range(1, len(losses(runs[0])) + 1))
         log = max(logs.glob(f"*_{trial}.log"))
         assert events(log) == events(run / "mlperf.log") and log.read_text().splitlines()[-1].startswith("RESULT,")
-
-
-GONE = "slurm_load_jobs error: Invalid job id specified\n"
