@@ -23,9 +23,9 @@ container+=(--mount "type=bind,source=$LOGDIR,target=$results")
 [[ -z ${DATADIR:-} ]] || container+=(--mount "type=bind,source=$DATADIR,target=$data")
 
 settings() { "${container[@]}" "$CONT" config "$@"; }
-training() { exec setsid "${container[@]}" "$CONT" "$@"; } # setsid: Ctrl-C comes through pass_on only
+training() { exec setsid "${container[@]}" "$CONT" "$@"; } # setsid: Ctrl-C comes through stop only
 everywhere() { bash -c "$1"; }
-pass_on() { kill -"$1" "$2"; }
+stop() { kill "$1"; }
 
 read_settings 1 "$@"
 run_trials "$@"

@@ -15,9 +15,9 @@ settings() { "${once[@]}" bash "$project/run_training.sh" config "$@"; }
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     [[ -z ${CONT:-} ]] || fail "CONT is for Slurm with Pyxis, and this is no job of Slurm; run_with_docker.sh takes it"
     nodes=1
-    training() { exec setsid bash "$project/run_training.sh" "$@"; } # setsid: Ctrl-C comes through pass_on only
+    training() { exec setsid bash "$project/run_training.sh" "$@"; } # setsid: Ctrl-C comes through stop only
     everywhere() { bash -c "$1"; }
-    pass_on() { kill -"$1" "$2"; }
+    stop() { kill "$1"; }
 else
     nodes=$SLURM_JOB_NUM_NODES
     container=()
@@ -34,7 +34,7 @@ else
         exec "${each[@]}" "${container[@]}" bash -c 'exec bash "$0" "$@" --node-rank "$SLURM_NODEID"' "$project/run_training.sh" "$@" "${meeting[@]}"
     }
     everywhere() { "${each[@]}" bash -c "$1"; }
-    pass_on() { :; } # Slurm signals the tasks itself; srun would kill them
+    stop() { :; } # Slurm signals the tasks itself; srun would kill them
 fi
 [[ -n ${CONT:-} || ! -e $root/$NAME/config/environment_variables.sh ]] || source "$root/$NAME/config/environment_variables.sh"
 

@@ -4,7 +4,7 @@
 #   settings FLAGS     prints what `python -m base config --shell` does
 #   training FLAGS     becomes (exec) run_training.sh with these flags, on every node
 #   everywhere COMMAND runs a shell command on every node, outside any container
-#   pass_on SIGNAL PID hands a signal on to a training
+#   stop PID           asks a training to stop, where nobody else does
 # Variables that people set: NAME, CONFIG or DGXSYSTEM, DATADIR, LOGDIR, NEXP, CLEAR_CACHES; docs/slurm-and-containers.md explains them.
 
 fail() {
@@ -72,6 +72,7 @@ trial_flags() {
         flags=(--resume "$results/$run")
         echo "trial $trial of $NEXP goes on, as it was begun, in $LOGDIR/$run"
     else
+        [[ ! -e $LOGDIR/$run ]] || mv "$LOGDIR/$run" "$LOGDIR/$run.not-begun-$stamp" # it ended before there was anything to go on with
         flags=(--name "$NAME" --config "$CONFIG" "$@" --seed $((SSD_SEED + trial - 1)) --runs_dir "$results" --run_name "$run")
         echo "trial $trial of $NEXP begins in $LOGDIR/$run, seed $((SSD_SEED + trial - 1))"
         if [[ $SSD_BACKBONE == resnet34 && -z $SSD_BACKBONE_PATH$SSD_CHECKPOINT ]]; then
@@ -81,7 +82,6 @@ trial_flags() {
                 echo "warning: there is no $weights in DATADIR, so the backbone begins with random weights; prepare.py --download fetches it"
             fi
         fi
-        clear_caches
     fi
     [[ -z ${DATADIR:-} ]] || flags+=(--data_dir "$data")
 }
@@ -97,7 +97,7 @@ train_into() {
     tee=$!
     training "$@" >&3 2>&1 3>&- &
     local child=$!
-    trap "pass_on TERM $child || true" TERM INT
+    trap "stop $child || true" TERM INT
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do # it was a signal that ended `wait`, not the training
         code=0
@@ -123,6 +123,7 @@ run_trials() {
             continue
         fi
         trial_flags "$trial" "$run" "$@"
+        clear_caches
         code=0
         train_into "$log" "${flags[@]}" || code=$?
         if ((code == 143)); then

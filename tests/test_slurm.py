@@ -120,6 +120,7 @@ def test_run_sub_runs_here_without_slurm_goes_on_and_leaves_what_is_done(tmp_pat
     logs, flags = tmp_path / "logs", [*TINY, "--max_steps", "24", "--eval_every", "0"]
     values = {"DATADIR": demo_data, "LOGDIR": logs, "DGXSYSTEM": "DGX1_32", "NEXP": 1}
     run = logs / "reference-DGX1_32_1"
+    (run / "checkpoints").mkdir(parents=True)  # as one leaves it that fails before it begins
     with subprocess.Popen(["./run.sub", *flags], cwd=RUN_SUB.parent, env=environment(**values), stdout=subprocess.PIPE, text=True) as first:
         wait_until(lambda: (run / "metrics.jsonl").exists() and losses(run), 300, lambda: f"exit code {first.poll()}")
         first.send_signal(signal.SIGTERM)
