@@ -50,6 +50,7 @@ class Config(BaseModel):
     norm_ranks: NotNegative = 1  # ranks in a row whose batches share the statistics of batch norm; 0: all of them
     gradient_bucket_mb: NotNegative = 0  # MiB of gradients averaged as soon as they are there; 0: all, after the backward pass
     gradient_compression: Literal["none", "bf16", "fp16"] = "none"  # how gradients travel between ranks
+    walltime: Count = 1440  # minutes that a batch system gives one trial; what is not done by then is saved, and the next job goes on with it
     bind_cores: bool = True  # a rank stays on the CPU cores beside its device, where torch can tell them
 
     # Model

@@ -21,14 +21,14 @@ class MLPerfLog:
         logger.addHandler(logging.FileHandler(path) if path else logging.NullHandler())
         self.log = mllog.MLLogger(logger, root_dir=str(Path(__file__).resolve().parents[1]))
 
-    def init_start(self, platform: str) -> None:
-        """The run's identity. Cache clearing is the launcher's task, so a run started by hand says that nothing was cleared."""
+    def init_start(self, platform: str, cache_cleared: bool) -> None:
+        """The run's identity, and whether whoever started it had cleared the caches of all machines before."""
         self.log.event(keys.SUBMISSION_BENCHMARK, "ssd")
         self.log.event(keys.SUBMISSION_DIVISION, "closed")
         self.log.event(keys.SUBMISSION_ORG, "reference_implementation")
         self.log.event(keys.SUBMISSION_PLATFORM, platform)
         self.log.event(keys.SUBMISSION_STATUS, keys.ONPREM)
-        self.log.event(keys.CACHE_CLEAR, False)
+        self.log.event(keys.CACHE_CLEAR, cache_cleared)
         self.log.start(keys.INIT_START)
 
     def run_start(self) -> None:

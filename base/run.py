@@ -82,7 +82,8 @@ def set_up(
     if ranks.is_first and resume:
         cut_back(folder, found[1]["progress"]["record_bytes"] if found else {})
     if not found:
-        records.mlperf.init_start(platform=environment(ranks.device)["cpu"])
+        cleared = os.environ.get("SSD_CACHES_CLEARED") == "1"  # said by base/trials.sh
+        records.mlperf.init_start(platform=environment(ranks.device)["cpu"], cache_cleared=cleared)
     torch.manual_seed(config.seed)
     backend = load_backend(name, config.use)
     if ranks.is_first and not resume:

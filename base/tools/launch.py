@@ -31,7 +31,7 @@ ALIASES = {"nproc": "devices", "nproc_per_node": "devices", "nnodes": "nodes", "
 # What may change when a run is resumed: nothing that alters the training so far.
 RESUMABLE = {
     "workers", "epochs", "max_steps", "target", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "timeout", "device",
-    "bind_cores", "telemetry_seconds",
+    "bind_cores", "telemetry_seconds", "walltime",
 }  # fmt: skip
 
 
