@@ -1,0 +1,151 @@
+"""Starting the ranks with torchrun, saying why they ended, and starting them again when one was lost (``max_restarts``)."""
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import platform
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from base.config import Config
+from base.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
+WAITING = "waiting for the other ranks"
+# Function of base/ → what a rank was doing whose stack has it innermost
+PHASES = {
+    "next_batch": "waiting for the loader's next batch",
+    "sums": WAITING,
+    "gathered": WAITING,
+    "_broadcast": WAITING,
+    "join": "meeting the other ranks",
+    "set_up": "building the run's components",
+    "latest": "reading a checkpoint",
+    "write": "writing a checkpoint",
+    "settle": "waiting for the device to finish a step",
+    "train_epoch": "in a training step",
+    "detect": "detecting in the validation images",
+    "judged": "computing the figures of an evaluation",
+    "result": "waiting for the evaluation in the background",
+    "main": "starting or ending",
+}
+
+
+def supervise(command: Callable[[int], list[str]], config: Config, folder: Path) -> int:
+    """Runs torchrun until the run has ended for good, and returns its exit code. ``command``: of the first start (0), the second, …
+
+    What a person has to put right, and a request to stop, end it at once.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    try:
+        for attempt in count():
+            code, why = torchrun(command(attempt), config)
+            if code in (0, *STOPPED):
+                return code
+            if code == UserError.code:
+                note(folder, f"error: {why}")  # its rank has printed it
+                return code
+            left = config.max_restarts - attempt
+            if left > 0:
+                text = f"{why}; starting again from the latest checkpoint ({left} restart{'s' * (left > 1)} left)"
+            else:
+                text = f"error: {why}; go on with: bash run_training.sh --resume {folder}"
+            print(text, file=sys.stderr, flush=True)
+            note(folder, text)
+            if left <= 0:
+                return code
+            gc.collect()  # the store of the attempt before, whose port the next one needs
+    except SignalException as asked:  # torchrun's handlers stay, so also between two attempts
+        return 128 + asked.sigval
+
+
+def torchrun(command: list[str], config: Config) -> tuple[int, str]:
+    """Runs torchrun in this process → (exit code of the run, why it is not 0)."""
+    from torch.distributed import DistError, run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.devices)))
+    # Idle OpenMP threads wait actively some 50 µs instead of milliseconds: beside other work on the same cores that is 2 to 3 times faster.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for a step and a checkpoint after SIGTERM
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # ranks say themselves what went wrong
+    with tempfile.TemporaryDirectory(prefix="ssd-notes-") as notes:
+        os.environ |= {"SSD_LAUNCHER": str(os.getpid()), "SSD_NOTES": notes}
+        try:
+            run.run(run.parse_args(command))
+        except ChildFailedError as error:
+            return verdict(Path(notes), [(rank, failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()])
+        except (DistError, RendezvousError) as error:
+            return 1, f"the nodes did not meet: {error}"
+    return 0, ""
+
+
+def verdict(notes: Path, failures: list[tuple[int, int, int]]) -> tuple[int, str]:
+    """What ended a run → (exit code, reason), from the ranks' notes and (rank, exit code, seconds) of those that failed, the first first."""
+    errors = [tuple(json.loads(path.read_text(encoding="utf-8"))) for path in _by_rank(notes, "error")]
+    if final := [error for error in errors if error[0] == UserError.code]:
+        return final[0]
+    host = platform.node()
+    if stuck := hangs(notes):
+        where = f"made no progress for its timeout while {stuck[0].phase}"
+        others = ", ".join(f"rank {hang.rank} while {hang.phase}" for hang in stuck[1:])
+        return 1, f"rank {stuck[0].rank} on {host} {where}{f' (so did {others})' if others else ''}; its stack:\n{stuck[0].stack}\n"
+    _, _, began = failures[0]
+    killed = [(rank, code) for rank, code, when in failures if code < 0 and when <= began + 1]  # not by torchrun, later
+    if killed:
+        rank, code = min(killed, key=lambda one: one[1] == -signal.SIGTERM)
+        return 128 - code, f"rank {rank} on {host} was killed by signal {-code}"
+    if errors:
+        return errors[0]
+    rank, code, _ = failures[0]
+    return code, f"rank {rank} on {host} ended with exit code {code}"
+
+
+class Hang(NamedTuple):
+    """A rank that its watchdog ended."""
+
+    rank: int
+    phase: str
+    waiting: bool  # for the others or the device: another rank may be the cause
+    stack: str  # of the main thread, innermost call first
+
+
+def hangs(notes: Path) -> list[Hang]:
+    """The ranks that a watchdog ended, those first that waited for no other."""
+    found = []
+    for path in _by_rank(notes, "stack"):
+        if text := path.read_text(encoding="utf-8", errors="replace"):
+            stack = text.rpartition("hread 0x")[2].partition("\n")[2].rstrip()  # the main thread comes last
+            names = re.findall(rf'File "{re.escape(str(ROOT / "base"))}/[^"]*", line \d+ in (\S+)', stack)
+            phase = next((PHASES[name] for name in names if name in PHASES), "outside of the training loop")
+            if phase != WAITING and re.search(r"all_reduce|distributed_c10d", stack):
+                phase = f"{WAITING} {phase}"
+            found.append(Hang(int(path.stem), phase, phase.startswith(WAITING) or "the device" in phase, stack))
+    return sorted(found, key=lambda hang: hang.waiting)
+
+
+def _by_rank(folder: Path, kind: str) -> list[Path]:
+    return sorted(folder.glob(f"*.{kind}"), key=lambda path: int(path.stem))
+
+
+def note(folder: Path, text: str) -> None:
+    """A line in the run's log.txt, if this machine has it."""
+    from base.records import log_line
+
+    if (folder / "log.txt").exists():
+        with contextlib.suppress(OSError), open(folder / "log.txt", "a", encoding="utf-8") as file:  # such as on a full disk: it is said anyway
+            file.write(log_line(text) + "\n")
