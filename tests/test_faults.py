@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from base import checkpoint
+from base.config import Config
 from base.errors import LostProcess, UserError
 from base.records import Records
 from base.run import StopRequest
 from base.terminal import Display
 from base.tools.launch import check_folder
-from base.tools.supervise import STOPPED, verdict
+from base.tools.supervise import STOPPED, supervise, verdict
 from tests.conftest import ROOT, losses
 from tests.disturbed import final_state, mlperf_events, rank_pids
 from tests.soak import soak
@@ -89,6 +90,53 @@ def test_the_rank_that_is_the_cause_is_named(tmp_path, stacks, failures, code, s
         (tmp_path / f"{rank}.stack").write_text(text)
     got, why = verdict(tmp_path, failures)
     assert got == code and re.match(said, why.replace("\n", " "))
+
+
+RANK = """
+import os, sys
+from base.watchdog import note_error
+code = int(sys.argv[1])
+if code < 0:
+    os.kill(os.getpid(), -code)
+if code in (2, 75):
+    note_error(code, f"a reason for {code}")
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "ends", "said"),
+    [
+        ([-9, 75, 1, 0], 3, 0, ["signal 9; starting again", "a reason for 75; starting again", "exit code 1; starting again"]),
+        ([-9, -9], 1, 137, ["signal 9; starting again", "error: rank 0 on .* signal 9; go on with: .*--resume"]),
+        ([1, 2], 5, 2, ["exit code 1; starting again", "error: a reason for 2"]),
+        ([143], 5, 143, []),
+        ([75], 0, 75, ["error: a reason for 75; go on with"]),
+    ],
+)
+def test_what_is_started_again_and_how_often(tmp_path, capfd, codes, restarts, ends, said):
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "log.txt").touch()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    environment = dict(os.environ)
+    starts = []
+
+    def command(attempt: int) -> list[str]:
+        starts.append(attempt)
+        return ["--standalone", "--nproc-per-node", "1", str(tmp_path / "rank.py"), str(codes[attempt])]
+
+    try:
+        assert supervise(command, Config(max_restarts=restarts), tmp_path) == ends
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    assert starts == list(range(len(codes)))
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert len(lines) == len(said) and all(re.search(text, line) for text, line in zip(said, lines, strict=True))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 HANGS = """

@@ -10,8 +10,8 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ from base.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
+UNMET = 76  # exit code if nodes do not find each other
+MEETING = 600  # seconds that nodes try to meet again
 WAITING = "waiting for the other ranks"
 # Function of base/ → what a rank was doing whose stack has it innermost
 PHASES = {
@@ -47,9 +49,13 @@ def supervise(command: Callable[[int], list[str]], config: Config, folder: Path)
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
+    attempt, began = 0, time.monotonic()
     try:
-        for attempt in count():
+        while True:
             code, why = torchrun(command(attempt), config)
+            if code == UNMET and attempt and time.monotonic() < began + MEETING:
+                time.sleep(1)  # another node may still be in the attempt before: no restart is used up, all nodes count alike
+                continue
             if code in (0, *STOPPED):
                 return code
             if code == UserError.code:
@@ -64,6 +70,7 @@ def supervise(command: Callable[[int], list[str]], config: Config, folder: Path)
             note(folder, text)
             if left <= 0:
                 return code
+            attempt, began = attempt + 1, time.monotonic()
             gc.collect()  # the store of the attempt before, whose port the next one needs
     except SignalException as asked:  # torchrun's handlers stay, so also between two attempts
         return 128 + asked.sigval
@@ -90,7 +97,7 @@ def torchrun(command: list[str], config: Config) -> tuple[int, str]:
         except ChildFailedError as error:
             return verdict(Path(notes), [(rank, failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()])
         except (DistError, RendezvousError) as error:
-            return 1, f"the nodes did not meet: {error}"
+            return UNMET, f"the nodes did not meet: {error}"
     return 0, ""
 
 
