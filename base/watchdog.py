@@ -3,6 +3,7 @@
 The launcher gives a folder for it in $SSD_NOTES; without one (torchrun by hand) the stacks go to standard error.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -34,7 +35,8 @@ class Watchdog:
 def note_error(code: int, message: str) -> None:
     """Leaves the error that this rank ends with, before any other rank can notice that it is gone."""
     if place := _note("error"):
-        place.write_text(json.dumps([code, message]), encoding="utf-8")
+        with contextlib.suppress(OSError):  # the disk may be what is full; the exit code says enough
+            place.write_text(json.dumps([code, message]), encoding="utf-8")
 
 
 def _note(kind: str) -> Path | None:

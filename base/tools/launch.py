@@ -213,7 +213,8 @@ def resumed(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, 
     folder = Path(flags.resume).absolute()
     for file in ("config.yaml", "environment.json"):
         if not (folder / file).is_file():
-            raise UserError(f"{folder} is no run folder: it has no {file}; --resume takes the folder that a run printed")
+            hint = "one whose run ended before it had begun can be removed"
+            raise UserError(f"{folder} is no run folder: it has no {file}; --resume takes the folder that a run printed; {hint}")
     try:
         name = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["backend"]
     except (ValueError, LookupError, TypeError) as error:

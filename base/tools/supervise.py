@@ -103,14 +103,19 @@ def torchrun(command: list[str], config: Config) -> tuple[int, str]:
 
 def verdict(notes: Path, failures: list[tuple[int, int, int]]) -> tuple[int, str]:
     """What ended a run → (exit code, reason), from the ranks' notes and (rank, exit code, seconds) of those that failed, the first first."""
-    errors = [tuple(json.loads(path.read_text(encoding="utf-8"))) for path in _by_rank(notes, "error")]
+    texts = [path.read_text(encoding="utf-8") for path in _by_rank(notes, "error")]
+    errors = [tuple(json.loads(text)) for text in texts if text]  # empty: the disk is full
+    errors += [(code, f"rank {rank} ended with an error, see above") for rank, code, _ in failures if code == UserError.code]
     if final := [error for error in errors if error[0] == UserError.code]:
         return final[0]
     host = platform.node()
     if stuck := hangs(notes):
-        where = f"made no progress for its timeout while {stuck[0].phase}"
-        others = ", ".join(f"rank {hang.rank} while {hang.phase}" for hang in stuck[1:])
-        return 1, f"rank {stuck[0].rank} on {host} {where}{f' (so did {others})' if others else ''}; its stack:\n{stuck[0].stack}\n"
+        first, *others = stuck
+        also = f"; so did {', '.join(f'rank {hang.rank} while {hang.phase}' for hang in others)}" if others else ""
+        if frozen := [f"rank {rank}" for rank, code, _ in failures if code == -signal.SIGKILL]:  # by torchrun, half a minute after SIGTERM
+            also += f"; {', '.join(frozen)} did not answer at all"
+        what = f"rank {first.rank} on {host} made no progress for {first.limit} (--timeout) while {first.phase}{also}"
+        return 1, f"{what}. The stack of rank {first.rank}:\n{first.stack}\n"
     _, _, began = failures[0]
     killed = [(rank, code) for rank, code, when in failures if code < 0 and when <= began + 1]  # not by torchrun, later
     if killed:
@@ -126,6 +131,7 @@ class Hang(NamedTuple):
     """A rank that its watchdog ended."""
 
     rank: int
+    limit: str  # h:mm:ss
     phase: str
     waiting: bool  # for the others or the device: another rank may be the cause
     stack: str  # of the main thread, innermost call first
@@ -141,7 +147,8 @@ def hangs(notes: Path) -> list[Hang]:
             phase = next((PHASES[name] for name in names if name in PHASES), "outside of the training loop")
             if phase != WAITING and re.search(r"all_reduce|distributed_c10d", stack):
                 phase = f"{WAITING} {phase}"
-            found.append(Hang(int(path.stem), phase, phase.startswith(WAITING) or "the device" in phase, stack))
+            limit = text.partition("(")[2].partition(")")[0]  # Timeout (0:30:00)!
+            found.append(Hang(int(path.stem), limit, phase, phase.startswith(WAITING) or "the device" in phase, stack))
     return sorted(found, key=lambda hang: hang.waiting)
 
 
