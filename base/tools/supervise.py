@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -97,7 +98,10 @@ def torchrun(command: list[str], config: Config) -> tuple[int, str]:
         except ChildFailedError as error:
             return verdict(Path(notes), [(rank, failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()])
         except (DistError, RendezvousError) as error:
-            return UNMET, f"the nodes did not meet: {error}"
+            calls = {call.name for call in traceback.extract_tb(error.__traceback__)}
+            if "_invoke_run" in calls and "_rendezvous" not in calls:  # torchrun's agent: between meeting and the end
+                return 1, f"{platform.node()} lost the other nodes: {error}"
+            return UNMET, f"{platform.node()} did not meet the other nodes: {error}"
     return 0, ""
 
 
