@@ -63,10 +63,11 @@ def supervise(command: Callable[[int], list[str]], config: Config, folder: Path)
                 note(folder, f"error: {why}")  # its rank has printed it
                 return code
             left = config.max_restarts - attempt
+            why, line, stack = why.partition("\n")
             if left > 0:
-                text = f"{why}; starting again from the latest checkpoint ({left} restart{'s' * (left > 1)} left)"
+                text = f"{why}; starting again from the latest checkpoint ({left} restart{'s' * (left > 1)} left){line}{stack}"
             else:
-                text = f"error: {why}; go on with: bash run_training.sh --resume {folder}"
+                text = f"error: {why}; go on with: bash run_training.sh --resume {folder}{line}{stack}"
             print(text, file=sys.stderr, flush=True)
             note(folder, text)
             if left <= 0:
@@ -119,7 +120,7 @@ def verdict(notes: Path, failures: list[tuple[int, int, int]]) -> tuple[int, str
         if frozen := [f"rank {rank}" for rank, code, _ in failures if code == -signal.SIGKILL]:  # by torchrun, half a minute after SIGTERM
             also += f"; {', '.join(frozen)} did not answer at all"
         what = f"rank {first.rank} on {host} made no progress for {first.limit} (--timeout) while {first.phase}{also}"
-        return 1, f"{what}. The stack of rank {first.rank}:\n{first.stack}\n"
+        return 1, f"{what}\nThe stack of rank {first.rank}, innermost call first:\n{first.stack}"
     _, _, began = failures[0]
     killed = [(rank, code) for rank, code, when in failures if code < 0 and when <= began + 1]  # not by torchrun, later
     if killed:
