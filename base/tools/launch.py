@@ -340,7 +340,7 @@ def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str,
         raise UserError(f"{config.nodes} nodes need --rdzv_endpoint HOST:PORT (and --node_rank 0…{last}) on each of them; it {given}")
     else:
         kind = ["--rdzv-backend", "c10d"] if flags.node_rank is None else ["--rdzv-backend", "static", "--node-rank", str(flags.node_rank)]
-        meeting = flags.rdzv_id + f"-{attempt}" * bool(attempt)  # a node that is still in the one before waits in vain, and follows
+        meeting = flags.rdzv_id + f"-{attempt}" * bool(attempt)  # nodes meet only those in the same attempt
         where = ["--nnodes", str(config.nodes), "--rdzv-endpoint", flags.rdzv_endpoint, "--rdzv-id", meeting, *kind]
     given = {
         "config": config.model_dump(mode="json"),
