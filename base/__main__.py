@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         return importlib.import_module(TOOLS[name][0]).main(rest) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except BrokenPipeError:
         return 141
 

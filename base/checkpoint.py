@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read by safe means, resumed exactly."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -66,9 +67,9 @@ def _on_cpu(value: Any) -> Any:
 
 def write(path: Path, content: dict) -> None:
     """Writes a checkpoint under a temporary name, forces it to the disk, then renames it: a crash leaves the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
@@ -76,10 +77,18 @@ def write(path: Path, content: dict) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):  # a folder that has become read-only
+            temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise UserError(f"checkpoint {path} could not be written ({error}); {free:.0f} MiB are free; the earlier ones are whole") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"checkpoint {path} could not be written ({_plain(error)}); {free:.0f} MiB are free there; the earlier ones are whole"
+        ) from error
+
+
+def _plain(error: Exception) -> str:
+    """What the system said, for torch.save's "PytorchStreamWriter failed writing file …" too."""
+    first = error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else error
+    return getattr(first, "strerror", None) or str(first)
 
 
 def sync_folder(folder: Path) -> None:
@@ -110,10 +119,24 @@ def keep_best(run: Path, step: int, evaluations: list[dict]) -> None:
 
 def prune(run: Path, keep: int) -> None:
     """Removes all but the latest ``keep``, and what a killed writer left behind."""
-    for path in listed(run)[keep:]:
-        path.unlink()
-    for path in (run / "checkpoints").glob(".*.tmp"):
-        path.unlink()
+    _remove([*listed(run)[keep:], *_unfinished(run)])
+
+
+def sweep(run: Path) -> None:
+    """Removes what a killed writer left behind; no other process may be writing."""
+    _remove(_unfinished(run))
+
+
+def _unfinished(run: Path) -> list[Path]:
+    return list((run / "checkpoints").glob(".*.tmp"))
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise UserError(f"{path} cannot be removed ({error.strerror}); make its folder writable") from error
 
 
 def read(path: Path) -> dict:

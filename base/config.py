@@ -46,7 +46,8 @@ class Config(BaseModel):
     device_ids: tuple[NotNegative, ...] = ()  # which devices of a machine its ranks take; none: the first ones
     device: Name = "auto"  # torch device type; auto: what the backend asks for, by default the accelerator if there is one
     use: dict[str, str] = {}  # components from another backend, such as loader=reference
-    timeout: Count = 1800  # seconds that ranks wait for each other before the run fails
+    timeout: Count = 1800  # seconds without progress after which a rank is ended, and the run with it
+    max_restarts: NotNegative = 0  # times that a run which lost a rank starts again by itself, from its latest checkpoint
     norm_ranks: NotNegative = 1  # ranks in a row whose batches share the statistics of batch norm; 0: all of them
     gradient_bucket_mb: NotNegative = 0  # MiB of gradients averaged as soon as they are there; 0: all, after the backward pass
     gradient_compression: Literal["none", "bf16", "fp16"] = "none"  # how gradients travel between ranks

@@ -52,7 +52,8 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 class Loader(Protocol):
     """An iterable over one epoch of one rank. A sample is a pure function of (seed, epoch, image id).
 
-    A loader that cannot promise this also has ``state_dict()`` and ``load_state_dict()``, kept in checkpoints.
+    A loader that cannot promise this also has ``state_dict()`` and ``load_state_dict()``, kept in checkpoints. Iterating raises
+    UserError for a file that cannot be read, and LostProcess (both of `base.errors`) if a process of its own has died.
     """
 
     bad_images: dict[str, str]  # file → why it could not be read, as far as iterated (with skip_bad_images)

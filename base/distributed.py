@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,10 +12,17 @@ import torch.distributed as dist
 
 from base.backends import DEFAULT_BACKEND
 from base.errors import UserError
+from base.watchdog import Watchdog
+
+PATIENCE = 30  # seconds that a collective waits longer than a watchdog: the rank that hangs is to be the first to end
 
 
 class AgreedError(UserError):
     """An error that every rank raises at the same place; the first rank prints it for all."""
+
+    def __init__(self, message: str, code: int = UserError.code):
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -28,26 +35,56 @@ class Ranks:
     control: Any = None
     timeout: timedelta | None = None  # of what ranks do together
     local_rank: int = 0  # among those of this machine
+    watchdog: Watchdog | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes the records."""
         return self.rank == 0
 
+    def alive(self) -> None:
+        """Tells the watchdog that this rank makes progress."""
+        if self.watchdog:
+            self.watchdog.alive()
+
     def sums(self, values: list[float]) -> list[float]:
         """Each value summed over all ranks, in float64."""
+        self.alive()
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.control)
+        self.alive()
         return tensor.tolist()
 
     def gathered(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank, in the order of ranks."""
+        self.alive()
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
+        self.alive()
+        return values
+
+    def first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives on the first rank, which alone calls it, on every rank. Its UserError is an AgreedError on all."""
+        made, failure = None, None
+        if self.is_first:
+            try:
+                made = make()
+            except UserError as error:
+                failure = error
+        made, failure = self._broadcast([made, failure])
+        if failure:
+            raise AgreedError(str(failure), failure.code) from failure
+        return made
+
+    def _broadcast(self, values: list[Any]) -> list[Any]:
+        self.alive()
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, group=self.control)
+            self.alive()
         return values
 
     def neighbours(self, count: int) -> Any:
@@ -106,20 +143,20 @@ def check_cards(backend, names: list[str]) -> None:
         raise UserError(f"{what}; --list shows the other backends")
 
 
-def join(wanted_device: str, wanted_group: str, timeout: int, device_ids: Sequence[int] = ()) -> Ranks:
-    """Joins the process groups that torchrun's environment describes; ``timeout`` in seconds. ``device_ids``: of this machine's ranks."""
+def join(wanted_device: str, wanted_group: str, watchdog: Watchdog, device_ids: Sequence[int] = ()) -> Ranks:
+    """Joins the process groups that torchrun's environment describes. ``device_ids``: of this machine's ranks."""
     rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     kind = device_type(wanted_device)
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, device_ids[local] if device_ids else local)
     if kind != "cpu":
         torch.get_device_module(kind).set_device(device)
     if world_size == 1:
-        return Ranks(rank, world_size, device, local_rank=local)
+        return Ranks(rank, world_size, device, local_rank=local, watchdog=watchdog)
     group = wanted_group if wanted_group != "auto" else dist.get_default_backend_for_device(device)
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=watchdog.seconds + PATIENCE)
     dist.init_process_group(group, timeout=limit)
     control = dist.group.WORLD if group == "gloo" else dist.new_group(backend="gloo", timeout=limit)
-    return Ranks(rank, world_size, device, control, limit, local)
+    return Ranks(rank, world_size, device, control, limit, local, watchdog)
 
 
 def leave() -> None:

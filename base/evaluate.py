@@ -13,7 +13,7 @@ from base.backend import Backend, load_backend
 from base.config import Config
 from base.contracts import Detections, Evaluator, Loader, Step
 from base.distributed import AgreedError, Ranks
-from base.errors import UserError
+from base.errors import LostProcess, UserError
 
 
 def make_eval_loader(backend: Backend, config: Config, ranks: Ranks) -> Loader:
@@ -37,20 +37,21 @@ def detect(
 
     No arrays if any rank was asked to stop. Raises AgreedError on every rank if one of them could not read an image.
     """
-    failure, ids, sizes, found = "", [], [], []
+    failure, ids, sizes, found = None, [], [], []
     try:
         for batch in loader:
             if stopped():
                 break
+            ranks.alive()
             predictions = step.predict(batch.images)
             found += backend.decoder(predictions, default_boxes, config.score_threshold, config.iou_threshold, config.max_detections)
             ids.append(batch.image_ids.cpu())
             sizes.append(batch.sizes.cpu())
     except UserError as error:
-        failure = str(error)
+        failure = error
     everyone = ranks.gathered((failure, stopped(), flat(ids, sizes, found), loader.bad_images))
     if failures := [failure for failure, *_ in everyone if failure]:
-        raise AgreedError(failures[0])
+        raise AgreedError(str(failures[0]), failures[0].code)
     if any(stop for _, stop, *_ in everyone):
         return None, {}
     bad = {path: why for *_, rank in everyone for path, why in rank.items()}
@@ -86,7 +87,11 @@ class Background:
 
     def __init__(self, name: str, use: Mapping[str, str], annotation_file: Path, arrays: dict[str, np.ndarray], folder: Path):
         self.file = folder / ".detections.npz"
-        np.savez(self.file, **arrays)
+        try:
+            np.savez(self.file, **arrays)
+        except OSError as error:
+            self.file.unlink(missing_ok=True)
+            raise UserError(f"{self.file} cannot be written ({error.strerror}); make room, then --resume {folder}") from error
         # a session of its own, so that Ctrl-C and SIGTERM to the run leave it to finish
         command = [sys.executable, "-m", "base.evaluate", name, json.dumps(dict(use)), str(annotation_file), str(self.file)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -96,11 +101,12 @@ class Background:
         return self.process.poll() is not None
 
     def result(self) -> dict[str, float]:
-        """The 12 figures. Raises UserError if the process failed."""
+        """The 12 figures. Raises UserError if the process failed, LostProcess if it was killed."""
         out, err = self.process.communicate()
         self.file.unlink(missing_ok=True)
-        if self.process.returncode:
-            raise UserError(f"the evaluation process ended with code {self.process.returncode}: {err.strip()[-2000:]}")
+        if code := self.process.returncode:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}: {err.strip()[-2000:]}"
+            raise (LostProcess if code < 0 else UserError)(f"the evaluation process {how}")
         return json.loads(out)
 
 

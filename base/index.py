@@ -195,12 +195,13 @@ def _load(place: Path, log: Log) -> tuple[dict[str, np.ndarray], dict] | None:
 def _write(target: Path, arrays: dict[str, np.ndarray], head: dict) -> None:
     """Store atomically: whoever reads sees the old index or the new one, also after a crash."""
     temporary = target.with_name(f".{target.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of a process that was killed while writing
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > 3600:
-                leftover.unlink()
     try:
         with open(temporary, "wb") as handle:
+            now = os.fstat(handle.fileno()).st_mtime  # by the clock that also stamps the others, whatever this machine's says
+            for leftover in target.parent.glob(f".{target.name}.*.tmp"):  # of a process that was killed while writing
+                with contextlib.suppress(FileNotFoundError):
+                    if now - leftover.stat().st_mtime > 3600:
+                        leftover.unlink()
             np.savez(handle, head=np.frombuffer(json.dumps({**head, "format": FORMAT}).encode(), dtype=np.uint8), **arrays)
             handle.flush()
             os.fsync(handle.fileno())

@@ -4,7 +4,10 @@
 """
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlperf_logging.mllog import constants as keys
 from mlperf_logging.mllog import mllog
@@ -13,28 +16,59 @@ from base.config import Config
 from base.schedule import scaled_rate, warmup_steps
 
 
-class MLPerfLog:
-    """MLPerf's events of one run, appended to a file; without a file nothing is written (ranks after the first)."""
+class _Lines(logging.Handler):
+    """Hands each line to ``write``. logging's own handlers only print that a disk is full, and go on."""
 
-    def __init__(self, path: Path | None):
+    def __init__(self, write: Callable[[str], None]):
+        super().__init__()
+        self.write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(self.format(record))
+
+
+class MLPerfLog:
+    """MLPerf's events of one run, each given to ``write`` as a line; None (ranks after the first): nothing is written.
+
+    Its clock is the system's as it was at the start, and then only goes forward: a run's result is the difference of two lines.
+    """
+
+    def __init__(self, write: Callable[[str], None] | None):
         logger = logging.Logger("mlperf", logging.INFO)  # not registered: two runs in one process do not mix
-        logger.addHandler(logging.FileHandler(path) if path else logging.NullHandler())
-        self.log = mllog.MLLogger(logger, root_dir=str(Path(__file__).resolve().parents[1]))
+        logger.addHandler(_Lines(write) if write else logging.NullHandler())
+        self.log = mllog.MLLogger(logger, root_dir=str(Path(__file__).resolve().parents[1]), default_stack_offset=2)
+        self.zero = time.time() - time.monotonic()
+
+    def follow(self, milliseconds: int) -> None:
+        """No line is to be older than this, the last one of a run that goes on."""
+        self.zero = max(self.zero, milliseconds / 1e3 - time.monotonic())
+
+    def _event(self, key: str, value: Any = None, **metadata: Any) -> None:
+        self.log.event(key, value, metadata, time_ms=self._now())
+
+    def _start(self, key: str, **metadata: Any) -> None:
+        self.log.start(key, metadata=metadata, time_ms=self._now())
+
+    def _end(self, key: str, **metadata: Any) -> None:
+        self.log.end(key, metadata=metadata, time_ms=self._now())
+
+    def _now(self) -> int:
+        return round((self.zero + time.monotonic()) * 1e3)
 
     def init_start(self, platform: str, cache_cleared: bool) -> None:
         """The run's identity, and whether whoever started it had cleared the caches of all machines before."""
-        self.log.event(keys.SUBMISSION_BENCHMARK, "ssd")
-        self.log.event(keys.SUBMISSION_DIVISION, "closed")
-        self.log.event(keys.SUBMISSION_ORG, "reference_implementation")
-        self.log.event(keys.SUBMISSION_PLATFORM, platform)
-        self.log.event(keys.SUBMISSION_STATUS, keys.ONPREM)
-        self.log.event(keys.CACHE_CLEAR, cache_cleared)
-        self.log.start(keys.INIT_START)
+        self._event(keys.SUBMISSION_BENCHMARK, "ssd")
+        self._event(keys.SUBMISSION_DIVISION, "closed")
+        self._event(keys.SUBMISSION_ORG, "reference_implementation")
+        self._event(keys.SUBMISSION_PLATFORM, platform)
+        self._event(keys.SUBMISSION_STATUS, keys.ONPREM)
+        self._event(keys.CACHE_CLEAR, cache_cleared)
+        self._start(keys.INIT_START)
 
     def run_start(self) -> None:
         """The clock starts; data may be touched from here on."""
-        self.log.end(keys.INIT_STOP)
-        self.log.start(keys.RUN_START)
+        self._end(keys.INIT_STOP)
+        self._start(keys.RUN_START)
 
     def hyperparameters(self, config: Config, train_images: int, eval_images: int) -> None:
         """What the compliance checker wants to know of the recipe."""
@@ -54,22 +88,22 @@ class MLPerfLog:
             keys.EVAL_SAMPLES: eval_images,
         }
         for key, value in events.items():
-            self.log.event(key, value)
+            self._event(key, value)
 
     def epoch_start(self, epoch: int) -> None:
-        self.log.start(keys.BLOCK_START, metadata={keys.FIRST_EPOCH_NUM: epoch, keys.EPOCH_COUNT: 1})
-        self.log.start(keys.EPOCH_START, metadata={keys.EPOCH_NUM: epoch})
+        self._start(keys.BLOCK_START, **{keys.FIRST_EPOCH_NUM: epoch, keys.EPOCH_COUNT: 1})
+        self._start(keys.EPOCH_START, **{keys.EPOCH_NUM: epoch})
 
     def epoch_stop(self, epoch: int) -> None:
-        self.log.end(keys.EPOCH_STOP, metadata={keys.EPOCH_NUM: epoch})
-        self.log.end(keys.BLOCK_STOP, metadata={keys.FIRST_EPOCH_NUM: epoch})
+        self._end(keys.EPOCH_STOP, **{keys.EPOCH_NUM: epoch})
+        self._end(keys.BLOCK_STOP, **{keys.FIRST_EPOCH_NUM: epoch})
 
     def eval_start(self, epoch: int) -> None:
-        self.log.start(keys.EVAL_START, metadata={keys.EPOCH_NUM: epoch})
+        self._start(keys.EVAL_START, **{keys.EPOCH_NUM: epoch})
 
     def eval_stop(self, epoch: int, ap: float) -> None:
-        self.log.event(keys.EVAL_ACCURACY, ap, metadata={keys.EPOCH_NUM: epoch})
-        self.log.end(keys.EVAL_STOP, metadata={keys.EPOCH_NUM: epoch})
+        self._event(keys.EVAL_ACCURACY, ap, **{keys.EPOCH_NUM: epoch})
+        self._end(keys.EVAL_STOP, **{keys.EPOCH_NUM: epoch})
 
     def run_stop(self, reached: bool) -> None:
-        self.log.end(keys.RUN_STOP, metadata={keys.STATUS: keys.SUCCESS if reached else keys.ABORTED})
+        self._end(keys.RUN_STOP, **{keys.STATUS: keys.SUCCESS if reached else keys.ABORTED})

@@ -1,14 +1,17 @@
 """The folder of a run: configuration, environment, metrics as JSON lines, a log and the MLPerf log."""
 
+import errno
+import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import yaml
@@ -23,57 +26,99 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pycocotools", "pydantic"
 
 
 class Records:
-    """Writes a run's folder. ``folder`` None (ranks after the first): every method does nothing."""
+    """Writes a run's folder. ``folder`` None (ranks after the first): every method does nothing.
 
-    def __init__(self, folder: Path | None, display: Display):
-        self.folder, self.display = folder, display
-        if folder is None:
-            self.mlperf = MLPerfLog(None)
-            return
-        try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-            self.log_file = open(folder / "log.txt", "a", encoding="utf-8")
-            self.mlperf = MLPerfLog(folder / "mlperf.log")
-        except OSError as error:
-            raise UserError(f"run folder {folder} cannot be written ({error.strerror}); choose another with --runs_dir") from error
+    What cannot be written, as on a full disk, is kept as ``failure``; the loop ends all ranks with it before the next step.
+    Raises UserError if the folder cannot be written at all, or another process still writes it ``patience`` seconds later.
+    """
+
+    def __init__(self, folder: Path | None, display: Display, patience: float = 120.0):
+        self.folder, self.display, self.failure, self.files = folder, display, None, {}
+        if folder is not None:
+            try:
+                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                self.files = {name: open(folder / name, "ab", buffering=0) for name in ("log.txt", *CUT_BACK)}
+                locked = _lock(self.files["log.txt"], folder, patience)
+            except OSError as error:
+                raise UserError(f"run folder {folder} cannot be written ({error.strerror}); choose another with --runs_dir") from error
+            if not locked:
+                self.log("this file system has no locks: nothing keeps a second run from writing to the same folder")
+        self.mlperf = MLPerfLog((lambda line: self._append("mlperf.log", line)) if folder else None)
 
     def metric(self, kind: str, **values) -> None:
         """One line of metrics.jsonl."""
-        if self.folder:
-            self.metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
-            self.metrics.flush()
+        self._append("metrics.jsonl", json.dumps({"kind": kind, "time": round(time.time(), 3), **values}))
 
     def log(self, line: str) -> None:
         """One line to the terminal and to log.txt."""
+        self._append("log.txt", log_line(line))
         if self.folder:
-            self.log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-            self.log_file.flush()
             self.display.line(line)
+
+    def _append(self, name: str, line: str) -> None:
+        if self.folder is None or self.failure:  # after a line that is missing there is none
+            return
+        data = f"{line}\n".encode()
+        try:
+            if self.files[name].write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.failure = UserError(f"{self.folder / name} cannot be written ({error.strerror}); make room, then --resume {self.folder}")
+
+    def check(self) -> None:
+        """Raises UserError if something could not be written."""
+        if self.failure:
+            raise self.failure
 
     def sizes(self) -> dict[str, int]:
         """The present length in bytes of the files that a resumed run cuts back."""
         return {name: (self.folder / name).stat().st_size for name in CUT_BACK} if self.folder else {}
 
+    def cut_back(self, sizes: dict[str, int]) -> None:
+        """Cuts the records to the lengths that a checkpoint states: what came after it will be done again."""
+        for name in CUT_BACK if self.folder else ():
+            os.truncate(self.folder / name, min(sizes.get(name, 0), (self.folder / name).stat().st_size))
+        if self.folder and (stamps := re.findall(r'"time_ms": (\d+)', (self.folder / "mlperf.log").read_text(encoding="utf-8"))):
+            self.mlperf.follow(int(stamps[-1]))
+
     def close(self) -> None:
         self.display.close()
-        if self.folder:
-            self.metrics.close()
-            self.log_file.close()
+        for file in self.files.values():
+            file.close()
 
 
-def cut_back(folder: Path, sizes: dict[str, int]) -> None:
-    """Cuts the records to the lengths that a checkpoint states: what came after it will be done again."""
-    for name in CUT_BACK:
-        if (folder / name).exists():
-            os.truncate(folder / name, min(sizes.get(name, 0), (folder / name).stat().st_size))
+def log_line(text: str) -> str:
+    """A line of log.txt."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
+
+
+def _lock(file: BinaryIO, folder: Path, patience: float) -> bool:
+    """Waits until no other process has the run folder: one whose launcher was killed ends after its step. False: no locks there.
+
+    The lock is a process's own (POSIX): it goes with it, and loader processes do not inherit it.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return False
+            if time.monotonic() > end:
+                raise UserError(f"run folder {folder} is still written by another process; end that run first") from error
+            time.sleep(0.2)
 
 
 def write_start(folder: Path, resolved: Resolved, backend: str, suppliers: dict[str, str], device: torch.device) -> None:
-    """config.yaml with where each value comes from, and environment.json."""
-    (folder / "config.yaml").write_text(config_text(resolved, backend), encoding="utf-8")
+    """config.yaml with where each value comes from, and environment.json. Raises UserError if they cannot be written."""
     facts = {**environment(device), "backend": backend, "components": dict(suppliers)}
-    (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    try:
+        for name, text in (("config.yaml", config_text(resolved, backend)), ("environment.json", json.dumps(facts, indent=2) + "\n")):
+            (folder / f".{name}").write_text(text, encoding="utf-8")
+            os.replace(folder / f".{name}", folder / name)
+    except OSError as error:
+        raise UserError(f"{folder / name} cannot be written ({error.strerror}); choose another folder with --runs_dir") from error
 
 
 def config_text(resolved: Resolved, backend: str) -> str:

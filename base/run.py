@@ -18,7 +18,7 @@ from base.contracts import Loader, Step
 from base.distributed import Ranks
 from base.evaluate import Background, make_eval_loader
 from base.index import AnnotationIndex
-from base.records import Records, cut_back, environment, write_start
+from base.records import Records, environment, write_start
 from base.telemetry import Sampler
 from base.weights import load_backbone
 
@@ -27,7 +27,7 @@ class StopRequest:
     """Notes SIGTERM and Ctrl-C, and a launcher that is gone; a second signal ends the process at once."""
 
     def __init__(self):
-        self.asked, self.parent = False, os.getppid()
+        self.asked, self.parent = False, int(os.environ.get("SSD_LAUNCHER", os.getppid()))  # it may be gone by now
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
@@ -74,20 +74,31 @@ class Run:
         return min(whole, self.config.max_steps or whole)
 
 
+def left_by(folder: Path, records: Records) -> tuple[Path, dict] | None:
+    """The latest checkpoint of a run that goes on, if it has come to one; its records are cut back, and what a killed writer left removed.
+
+    Only the first rank looks: the others might see another one, or have no such folder.
+    """
+    found = checkpoint.latest(folder, records.log)
+    checkpoint.sweep(folder)
+    records.cut_back(found[1]["progress"]["record_bytes"] if found else {})
+    if not found:
+        records.log("there is no checkpoint yet: starting from the beginning")
+    return found
+
+
 def set_up(
     config: Config, name: str, folder: Path, resume: bool, ranks: Ranks, stopped: StopRequest, records: Records, sources: dict
 ) -> Run:
     """Builds every component, and loads the checkpoint or the backbone."""
-    found = checkpoint.latest(folder, records.log) if resume else None
-    if ranks.is_first and resume:
-        cut_back(folder, found[1]["progress"]["record_bytes"] if found else {})
+    found = ranks.first(lambda: left_by(folder, records)) if resume else None
     if not found:
         cleared = os.environ.get("SSD_CACHES_CLEARED") == "1"  # said by base/trials.sh
         records.mlperf.init_start(platform=environment(ranks.device)["cpu"], cache_cleared=cleared)
     torch.manual_seed(config.seed)
     backend = load_backend(name, config.use)
-    if ranks.is_first and not resume:
-        write_start(folder, Resolved(config, sources), name, backend.suppliers, ranks.device)
+    if not found:
+        ranks.first(lambda: write_start(folder, Resolved(config, sources), name, backend.suppliers, ranks.device))
     if config.bind_cores and ranks.device.type != "cpu":
         for rank, what in enumerate(ranks.gathered(bind(ranks.device, config.device_ids or range(config.devices)))):
             records.log(f"rank {rank}: {what}")

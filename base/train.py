@@ -21,6 +21,7 @@ from base.records import Records, summary
 from base.run import Run, StopRequest, set_up
 from base.schedule import evaluates_after, learning_rate
 from base.terminal import Display
+from base.watchdog import Watchdog, note_error
 
 STOPPED = 143  # exit code of a run that was asked to stop, as a shell gives for SIGTERM
 
@@ -40,6 +41,7 @@ def run(config: Config, sources: dict, name: str, folder: Path, resume: bool, ra
         records.mlperf.run_stop(reached)
         drawn = telemetry.whole_run(state.progress, state.progress.step * config.global_batch)
         records.metric("end", reached=reached, steps=state.progress.step, seconds=round(state.progress.seconds, 3), **drawn)
+        records.check()
         records.display.close()
         device = config.model_copy(update={"device": ranks.device.type})
         records.log(summary(device, state.progress, state.images, folder, reached, name, drawn, state.telemetry.missing))
@@ -108,14 +110,14 @@ def train_epoch(state: Run, epoch: int, first: int) -> bool:
     return True
 
 
-def next_batch(state: Run, batches) -> tuple[Batch | None, str]:
+def next_batch(state: Run, batches) -> tuple[Batch | None, UserError | None]:
     """The next batch, or why there is none: an error waits until all ranks know of it."""
     try:
         batch = next(batches)
         check_bad_images(state.train_loader.bad_images, state.images)
     except UserError as error:
-        return None, str(error)
-    return batch, ""
+        return None, error
+    return batch, None
 
 
 def report_skipped(state: Run, bad: dict[str, str]) -> None:
@@ -125,12 +127,14 @@ def report_skipped(state: Run, bad: dict[str, str]) -> None:
     state.skipped.update(bad)
 
 
-def exchange(state: Run, failure: str) -> bool:
+def exchange(state: Run, failure: UserError | None) -> bool:
     """Agrees with the other ranks before a step: → whether to stop. One rank's failure ends all of them."""
+    failure = failure or state.records.failure
     ready = state.evaluation is not None and state.evaluation.ready()
-    stops, failures, results = state.ranks.sums([float(state.stopped()), float(bool(failure)), float(ready)])
+    stops, failures, results = state.ranks.sums([float(state.stopped()), float(failure is not None), float(ready)])
     if failures:
-        raise AgreedError(next(filter(None, state.ranks.gathered(failure))))
+        first = next(filter(None, state.ranks.gathered(failure)))
+        raise AgreedError(str(first), first.code)
     if results:
         collect(state)
     return stops > 0
@@ -172,16 +176,15 @@ def save(state: Run) -> None:
     loaders = []
     if hasattr(state.train_loader, "state_dict"):
         loaders = state.ranks.gathered(state.train_loader.state_dict())
-    failure = ""
-    if state.ranks.is_first:
+
+    def write() -> None:
+        state.records.check()
         state.progress.record_bytes = state.records.sizes()
         content = checkpoint.pack(state.config, state.progress, state.categories, state.model, state.optimizer, state.step, loaders)
-        try:
-            checkpoint.write(checkpoint.step_path(state.folder, state.progress.step), content)
-            checkpoint.prune(state.folder, state.config.keep_checkpoints)
-        except UserError as error:
-            failure = str(error)
-    exchange(state, failure)
+        checkpoint.write(checkpoint.step_path(state.folder, state.progress.step), content)
+        checkpoint.prune(state.folder, state.config.keep_checkpoints)
+
+    state.ranks.first(write)
     state.telemetry.switch(before)
     state.progress.seconds += time.monotonic() - began
 
@@ -200,13 +203,15 @@ def evaluate_epoch(state: Run, epoch: int) -> bool:
         return False
     last = epoch == config.epochs or state.progress.step >= state.total_steps
     if config.evaluate_in_background and not last:
-        if ranks.is_first:
-            parts = (state.backend.name, config.use, config.path("val_annotations"), arrays, state.folder)
-            state.evaluation = Background(*parts)
+
+        def start() -> None:
+            state.evaluation = Background(state.backend.name, config.use, config.path("val_annotations"), arrays, state.folder)
+
+        ranks.first(start)
         state.evaluating = (epoch, state.progress.step, began, detected)
     else:
-        found = figures(state.backend, config.path("val_annotations"), arrays) if ranks.is_first else None
-        record_evaluation(state, epoch, state.progress.step, ranks.gathered(found)[0], time.monotonic() - began, detected)
+        found = ranks.first(lambda: figures(state.backend, config.path("val_annotations"), arrays))
+        record_evaluation(state, epoch, state.progress.step, found, time.monotonic() - began, detected)
     state.telemetry.switch(before)
     state.progress.seconds += time.monotonic() - began
     return True
@@ -217,15 +222,8 @@ def collect(state: Run) -> None:
     if state.evaluating is None:
         return
     (epoch, step, began, detected), state.evaluating = state.evaluating, None
-    found, failure = None, ""
-    if state.evaluation is not None:
-        try:
-            found = state.evaluation.result()
-        except UserError as error:
-            failure = str(error)
-        state.evaluation = None
-    exchange(state, failure)
-    record_evaluation(state, epoch, step, state.ranks.gathered(found)[0], time.monotonic() - began, detected)
+    evaluation, state.evaluation = state.evaluation, None
+    record_evaluation(state, epoch, step, state.ranks.first(lambda: evaluation.result()), time.monotonic() - began, detected)
 
 
 def record_evaluation(state: Run, epoch: int, step: int, found: dict[str, float], seconds: float, detected: float) -> None:
@@ -238,13 +236,8 @@ def record_evaluation(state: Run, epoch: int, step: int, found: dict[str, float]
     state.progress.evaluations.append({"epoch": epoch, "step": step, **found})
     state.records.metric("evaluation", epoch=epoch, step=step, seconds=round(seconds, 3), detection_seconds=round(detected, 3), **found)
     state.records.log(f"epoch {epoch}: mAP {found['AP']:.4f}, AP50 {found['AP50']:.4f} ({seconds:.1f} s)")
-    failure = ""
-    if state.ranks.is_first and (best is None or found["AP"] > best["AP"]):
-        try:
-            checkpoint.keep_best(state.folder, step, state.progress.evaluations)
-        except UserError as error:
-            failure = str(error)
-    exchange(state, failure)
+    if best is None or found["AP"] > best["AP"]:
+        state.ranks.first(lambda: checkpoint.keep_best(state.folder, step, state.progress.evaluations))
 
 
 def evaluated(progress: Progress, epoch: int) -> bool:
@@ -261,13 +254,15 @@ def main(arguments: list[str]) -> int:
     given = json.loads(parser.parse_args(arguments).run)
     stopped = StopRequest()
     config = validate(given["config"], given["sources"])
-    code, ranks = 2, None
+    watchdog, ranks = Watchdog(config.timeout), None
     try:
         backend = load_backend(given["backend"], config.use)
         wanted = config.device if config.device != "auto" else backend.device
-        ranks = distributed.join(wanted, backend.distributed, config.timeout, config.device_ids)
+        ranks = distributed.join(wanted, backend.distributed, watchdog, config.device_ids)
         code = run(config, given["sources"], given["backend"], Path(given["folder"]), given["resume"], ranks, stopped)
     except UserError as error:
+        code = error.code
+        note_error(code, str(error))
         if ranks is None or ranks.is_first or not isinstance(error, AgreedError):
             print(f"error: {error}", file=sys.stderr, flush=True)
     distributed.leave()  # not after any other error: its traceback holds what may still wait for other ranks, such as a captured graph

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from base.contracts import Batch
-from base.errors import UserError
+from base.errors import LostProcess, UserError
 from base.index import AnnotationIndex
 from base.sampling import eval_shard, sample_rng, train_shard
 
@@ -134,7 +134,7 @@ class PlainLoader:
         self.sampler.batches = self.plan(epoch)[first_batch:]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises UserError naming the file that cannot be read, or the worker that died."""
+        """Raises UserError naming the file that cannot be read, or LostProcess the worker that died."""
         for batch, bad, lost in self.results():
             if lost and not self.gaps:
                 path, reason = bad[0]
@@ -156,7 +156,7 @@ class PlainLoader:
             except RuntimeError as error:
                 if "DataLoader worker (pid" not in str(error):  # anything else is an error within a worker
                     raise
-                raise UserError(f"a loader process ended unexpectedly (out of memory, or killed): {error}") from error
+                raise LostProcess(f"a loader process ended unexpectedly (out of memory, or killed): {error}") from error
             yield found
 
     def _started(self) -> Iterator:

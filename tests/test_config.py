@@ -231,6 +231,7 @@ A_VALUE = {  # for each key: the flag's words, and the value that must reach the
     "use": (["loss=reference", "loader=reference"], {"loss": "reference", "loader": "reference"}),
     "timeout": (["60"], 60),
     "walltime": (["90"], 90),
+    "max_restarts": (["3"], 3),
     "norm_ranks": (["0"], 0),
     "gradient_bucket_mb": (["25"], 25),
     "gradient_compression": (["bf16"], "bf16"),

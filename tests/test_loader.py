@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from base.contracts import Batch
-from base.errors import UserError
+from base.errors import LostProcess, UserError
 from base.sampling import epoch_order, sample_rng
 from tests.conftest import ROOT
 
@@ -317,7 +317,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(workers_of):
     os.kill(min(pids), signal.SIGKILL)
     while min(pids) in children():
         pass  # as in a training step: the death shows when the next batch is asked for, not in the middle of this
-    with pytest.raises(UserError, match="loader process ended unexpectedly"):
+    with pytest.raises(LostProcess, match="loader process ended unexpectedly"):
         for _ in iteration:
             pass
 

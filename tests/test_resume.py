@@ -1,6 +1,5 @@
 """Nothing is lost: stopped, killed and damaged runs go on to the very weights and losses of an undisturbed run."""
 
-import json
 import os
 import resource
 import signal
@@ -15,25 +14,13 @@ from base.backend import list_backends, load_backend
 from base.config import Config
 from base.errors import UserError
 from tests.conftest import losses, start_training
+from tests.disturbed import assert_same, final_state, rank_pids
 
 FLAGS = ["--epochs", "3", "--eval_every", "2", "--target", "null", "--log_every", "1", "--checkpoint_every", "3", "--learning_rate", "0.01"]
 TWO = ("--nproc", "2", "--device", "cpu", "--batch_size", "4")
 ON_THE_CPU = [name for name in list_backends() if load_backend(name).device in ("auto", "cpu")]
 WAYS = [pytest.param(("--name", name), id=name, marks=[pytest.mark.long] * (name != "reference")) for name in ON_THE_CPU]
 WAYS.append(pytest.param(TWO, id="two ranks", marks=pytest.mark.long))
-
-
-def rank_pids(launcher: int) -> list[int]:
-    """The rank processes of a run: the launcher's children."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):
-            continue
-        if parent == launcher:
-            found.append(int(status.parent.name))
-    return sorted(found)
 
 
 def wait_for(condition, process, seconds: float = 120.0, pause: float = 0.02):
@@ -51,25 +38,6 @@ def wait_for(condition, process, seconds: float = 120.0, pause: float = 0.02):
 
 def steps_done(run: Path) -> int:
     return len(losses(run)) if (run / "metrics.jsonl").exists() else 0
-
-
-def final_state(run: Path) -> dict:
-    return checkpoint.read(checkpoint.listed(run)[0])
-
-
-def assert_same(run: Path, undisturbed: Path) -> None:
-    """Bitwise: weights, momentum, losses; and the same evaluations, records without gaps or repetitions."""
-    got, want = final_state(run), final_state(undisturbed)
-    assert got["progress"]["step"] == want["progress"]["step"]
-    assert got["progress"]["evaluations"] == want["progress"]["evaluations"]
-    for name, tensor in want["model"].items():
-        assert torch.equal(got["model"][name], tensor), name
-    for number, state in want["optimizer"]["state"].items():
-        assert torch.equal(got["optimizer"]["state"][number]["momentum_buffer"], state["momentum_buffer"])
-    assert losses(run) == losses(undisturbed)
-    keys = [[json.loads(line.split(" ", 1)[1])["key"] for line in (r / "mlperf.log").read_text().splitlines()] for r in (run, undisturbed)]
-    assert keys[0] == keys[1]
-    assert not list((run / "checkpoints").glob(".*"))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +58,7 @@ def undisturbed(tmp_path_factory, demo_data):
 
 @pytest.mark.parametrize("flags", WAYS)
 def test_sigterm_saves_and_a_resumed_run_is_the_same(train, tmp_path, undisturbed, flags):
-    process = train(*FLAGS, *flags, wait=False)
+    process = train(*FLAGS, *flags, "--max-restarts", "2", wait=False)
     wait_for(lambda: steps_done(tmp_path / "run") >= 4, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
@@ -182,8 +150,9 @@ def test_resuming_a_finished_run_changes_nothing(train, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
-    done = train("--learning_rate", "1e30", "--warmup_steps", "0", "--checkpoint_every", "1", "--log_every", "1", "--epochs", "2")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    flags = ["--checkpoint_every", "1", "--log_every", "1", "--epochs", "2", "--max-restarts", "2"]
+    done = train("--learning_rate", "1e30", "--warmup_steps", "0", *flags)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "starting again" not in done.stderr
     assert "not finite at step" in done.stderr and "learning rate 1e+30" in done.stderr and "image ids" in done.stderr
     good = final_state(tmp_path / "run")
     assert str(checkpoint.listed(tmp_path / "run")[0]) in done.stderr

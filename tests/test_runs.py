@@ -4,9 +4,11 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from base import checkpoint
 from base.config import Config, read_run
 from base.contracts import FIGURES
 from tests.conftest import ROOT, SMALL, Started, losses, start_training
+from tests.disturbed import rank_pids
 
 SHORT = ["--max_steps", "4", "--target", "null", "--log_every", "1"]
 TWO = ["--nproc", "2", "--device", "cpu", "--batch_size", "4"]
@@ -117,13 +120,18 @@ def test_two_nodes(tmp_path, demo_data):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     standard = ["--name", "reference", "--config", "demo", "--data_dir", str(demo_data), *SMALL, *SHORT, "--batch_size", "4", "--device", "cpu"]
-    meeting = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--run_name", "run"]
+    meeting = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--run_name", "run", "--max-restarts", "1"]
     nodes = []
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
         nodes.append(Started(tmp_path, [*standard, *meeting, "--node-rank", str(rank), "--runs_dir", str(tmp_path / str(rank))]))
+    metrics = tmp_path / "0" / "run" / "metrics.jsonl"
+    while not (metrics.exists() and '"train"' in metrics.read_text()) and all(node.process.poll() is None for node in nodes):
+        time.sleep(0.05)
+    os.kill(rank_pids(nodes[1].process.pid)[0], signal.SIGKILL)  # all nodes start again, though one has no access to the run's folder
     done = [node.wait_done() for node in nodes]
     assert [d.returncode for d in done] == [0, 0], done
+    assert "killed by signal 9; starting again" in done[1].stderr and "starting again" in done[0].stderr
     assert "run folder" in done[0].stdout and "run folder" not in done[1].stdout
     assert not (tmp_path / "1" / "run").exists()  # only the first rank writes
     alone = start_training(tmp_path, demo_data, [*SHORT, *TWO], run="alone").wait_done()

@@ -7,11 +7,9 @@ process a device.
 import argparse
 import difflib
 import json
-import logging
-import os
 import re
 import shlex
-import sys
+import tempfile
 import time
 import types
 import typing
@@ -22,6 +20,7 @@ from base.backends import DEFAULT_BACKEND, backend_folder, list_backends
 from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate, with_layout
 from base.errors import UserError
 from base.index import AnnotationIndex
+from base.tools.supervise import supervise
 from data_sets.layout import LOOKED_FOR
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +30,7 @@ ALIASES = {"nproc": "devices", "nproc_per_node": "devices", "nnodes": "nodes", "
 # What may change when a run is resumed: nothing that alters the training so far.
 RESUMABLE = {
     "workers", "epochs", "max_steps", "target", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "timeout", "device",
-    "bind_cores", "telemetry_seconds", "walltime",
+    "bind_cores", "telemetry_seconds", "walltime", "max_restarts",
 }  # fmt: skip
 
 
@@ -136,7 +135,7 @@ def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path
     draws = resolved.config.data_dir == str(DEMO_DATA) and not DEMO_DATA.exists()
     if not draws:
         resolved = found(resolved)
-    command = torchrun_arguments(flags, resolved, name, folder)
+    command = torchrun_arguments(flags, resolved, name, folder, 0)
     if not draws:
         check_data(resolved.config)
     backend = check_backend(name, resolved)
@@ -151,7 +150,9 @@ def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path
 
         draw(["--data_dir", str(DEMO_DATA)])
         check_data(resolved.config)
-    return torchrun(command, resolved.config, folder)
+    if not flags.node_rank:  # its first rank writes
+        check_folder(folder)
+    return supervise(lambda attempt: torchrun_arguments(flags, resolved, name, folder, attempt), resolved.config, folder)
 
 
 def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
@@ -216,7 +217,8 @@ def resumed(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, 
     folder = Path(flags.resume).absolute()
     for file in ("config.yaml", "environment.json"):
         if not (folder / file).is_file():
-            raise UserError(f"{folder} is no run folder: it has no {file}; --resume takes the folder that a run printed")
+            hint = "one whose run ended before it had begun can be removed"
+            raise UserError(f"{folder} is no run folder: it has no {file}; --resume takes the folder that a run printed; {hint}")
     try:
         name = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["backend"]
     except (ValueError, LookupError, TypeError) as error:
@@ -309,8 +311,18 @@ def components(name: str, backend, resolved: Resolved) -> str:
     )
 
 
-def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str, folder: Path) -> list[str]:
-    """torchrun's own arguments, then the rank's."""
+def check_folder(folder: Path) -> None:
+    """Raises UserError if a run's folder cannot be made or written."""
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"run folder {folder}: {place} cannot be written ({error.strerror}); choose another with --runs_dir") from error
+
+
+def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str, folder: Path, attempt: int) -> list[str]:
+    """torchrun's own arguments, then the rank's. ``attempt`` above 0: the run is started again by itself."""
     config, last = resolved.config, resolved.config.nodes - 1
     if flags.node_rank is not None and not 0 <= flags.node_rank <= last:
         raise UserError(f"--node_rank {flags.node_rank} is not one of {config.nodes} nodes, which are 0…{last}; --nodes sets how many there are")
@@ -321,44 +333,16 @@ def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str,
         raise UserError(f"{config.nodes} nodes need --rdzv_endpoint HOST:PORT (and --node_rank 0…{last}) on each of them; it {given}")
     else:
         kind = ["--rdzv-backend", "c10d"] if flags.node_rank is None else ["--rdzv-backend", "static", "--node-rank", str(flags.node_rank)]
-        where = ["--nnodes", str(config.nodes), "--rdzv-endpoint", flags.rdzv_endpoint, "--rdzv-id", flags.rdzv_id, *kind]
+        meeting = flags.rdzv_id + f"-{attempt}" * bool(attempt)  # nodes meet only those in the same attempt
+        where = ["--nnodes", str(config.nodes), "--rdzv-endpoint", flags.rdzv_endpoint, "--rdzv-id", meeting, *kind]
     given = {
         "config": config.model_dump(mode="json"),
         "sources": dict(resolved.sources),
         "backend": name,
         "folder": str(folder),
-        "resume": bool(flags.resume),
+        "resume": bool(flags.resume or attempt),
     }
     return [*where, "--nproc-per-node", str(config.devices), "-m", "base.train", json.dumps(given)]
-
-
-def torchrun(command: list[str], config: Config, folder: Path) -> int:
-    """Runs torchrun in this process and returns the exit code of the run: of its first rank to fail, if any."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.devices)))
-    # Idle OpenMP threads wait actively some 50 µs instead of milliseconds: beside other work on the same cores that is 2 to 3 times faster.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for a step and a checkpoint after SIGTERM
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # ranks say themselves what went wrong
-    try:
-        run.run(run.parse_args(command))
-    except SignalException as signal:
-        return 128 + signal.sigval
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(
-                f"error: rank {failure.local_rank} was killed by signal {-failure.exitcode}; go on with --resume {folder}", file=sys.stderr
-            )
-            return 128 - failure.exitcode
-        return failure.exitcode
-    return 0
 
 
 def listing() -> str:
