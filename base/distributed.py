@@ -1,9 +1,13 @@
 """The ranks of a run: who I am, and the few things that ranks tell each other outside the training step."""
 
+import contextlib
 import os
+import platform
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -12,9 +16,11 @@ import torch.distributed as dist
 
 from base.errors import UserError
 
+REACH = 60  # seconds within which all ranks have to come, and then a first all-reduce has to work
+
 
 class AgreedError(UserError):
-    """An error that every rank raises at the same place; the first rank prints it for all."""
+    """An error that every rank raises at the same place; the first rank of each machine prints it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Ranks:
     control: Any = None
     timeout: timedelta | None = None  # of what ranks do together
     local_rank: int = 0  # among those of this machine
+    hosts: tuple[str, ...] = ()  # of each rank
+    store: Any = None  # where the ranks met
 
     @property
     def is_first(self) -> bool:
@@ -48,6 +56,21 @@ class Ranks:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns on the first rank, on every rank. If it raises UserError, all of them raise AgreedError."""
+        if self.world_size == 1:
+            return make()
+        told = [None, ""]
+        if self.is_first:
+            try:
+                told[0] = make()
+            except UserError as error:
+                told[1] = str(error)
+        dist.broadcast_object_list(told, src=0, group=self.control)
+        if told[1]:
+            raise AgreedError(told[1])
+        return told[0]
 
     def neighbours(self, count: int) -> Any:
         """The process group, on the device, of this rank and those beside it, ``count`` in a row (0: all); None if it is alone.
@@ -95,7 +118,10 @@ def check_cards(backend, names: list[str]) -> None:
 
 
 def join(wanted_device: str, wanted_group: str, timeout: int, device_ids: Sequence[int] = ()) -> Ranks:
-    """Joins the process groups that torchrun's environment describes; ``timeout`` in seconds. ``device_ids``: of this machine's ranks."""
+    """Joins the process groups that torchrun's environment describes, once every rank is there, and proves that all reach each other.
+
+    ``timeout`` in seconds, ``device_ids`` of this machine's ranks. Raises AgreedError naming the ranks that do not come.
+    """
     rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     kind = device_type(wanted_device)
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, device_ids[local] if device_ids else local)
@@ -104,10 +130,88 @@ def join(wanted_device: str, wanted_group: str, timeout: int, device_ids: Sequen
     if world_size == 1:
         return Ranks(rank, world_size, device, local_rank=local)
     group = wanted_group if wanted_group != "auto" else dist.get_default_backend_for_device(device)
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group(group, timeout=limit)
-    control = dist.group.WORLD if group == "gloo" else dist.new_group(backend="gloo", timeout=limit)
-    return Ranks(rank, world_size, device, control, limit, local)
+    nodes = os.environ.get("SSD_HOSTS", platform.node()).split()  # by the launcher
+    hosts = tuple(nodes[number * len(nodes) // world_size] for number in range(world_size))
+    limit = timedelta(seconds=timeout - 2 * grace(timeout))
+    try:
+        store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=REACH)))
+    except dist.DistError as error:
+        raise AgreedError(f"{hosts[rank]} cannot reach {hosts[0]}, where the ranks meet: {first_line(error)}") from error
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    ranks = Ranks(rank, world_size, device, None, limit, local, hosts, store)
+    if missing := absent(ranks, "join", REACH):
+        raise AgreedError(f"{named(missing, hosts)} did not come within {REACH} s")
+    everyone = named(range(world_size), hosts)
+    advice = "is there a firewall, or does a host take the wrong network interface (for gloo, GLOO_SOCKET_IFNAME names the right one)?"
+    failed = f"an all-reduce over {group} did not work within {REACH} s between {everyone}: {advice}"
+    alarm = threading.Timer(REACH, give_up, [failed if local == 0 else ""])  # a library that hangs raises nothing
+    alarm.daemon = True
+    alarm.start()
+    try:
+        dist.init_process_group(group, store=store, rank=rank, world_size=world_size, timeout=limit)
+        control = dist.group.WORLD if group == "gloo" else dist.new_group(backend="gloo", timeout=limit)
+        for each, place in ((dist.group.WORLD, device), (control, "cpu")):
+            total = torch.ones(1, device=place)
+            dist.all_reduce(total, group=each)
+            if total.item() != world_size:
+                raise AgreedError(f"an all-reduce of ones over {group} gave {total.item()} between {everyone}")
+    except RuntimeError as error:
+        raise AgreedError(f"an all-reduce over {group} failed between {everyone} ({first_line(error)}): {advice}") from error
+    finally:
+        alarm.cancel()
+    store.set_timeout(limit)
+    return replace(ranks, control=control)
+
+
+def give_up(message: str) -> None:
+    """Ends a process whose main thread is stuck."""
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def absent(ranks: Ranks, roll: str, seconds: float) -> list[int]:
+    """The ranks that do not answer this call of the roll in so many seconds."""
+    keys = [f"{roll} {rank}" for rank in range(ranks.world_size)]
+    ranks.store.set(keys[ranks.rank], "here")
+    try:
+        ranks.store.wait(keys, timedelta(seconds=seconds))
+    except dist.DistStoreError:
+        return [rank for rank, key in enumerate(keys) if not ranks.store.check([key])]
+    return []
+
+
+def named(some: Sequence[int], hosts: Sequence[str]) -> str:
+    """Ranks with their hosts, such as ``alpha (ranks 0 1), beta (rank 2)``."""
+    of_host: dict[str, list[str]] = {}
+    for rank in some:
+        of_host.setdefault(hosts[rank], []).append(str(rank))
+    return ", ".join(f"{host} (rank{'s' * (len(own) > 1)} {' '.join(own)})" for host, own in of_host.items())
+
+
+def grace(timeout: float) -> float:
+    """Seconds of ``timeout`` that are left, once an exchange has failed, to find out who is lost; as many again for ending."""
+    return min(5.0, timeout / 6)
+
+
+def lost(error: RuntimeError, ranks: Ranks, timeout: float) -> str | None:
+    """Which ranks of other machines do not answer any more, if it is an exchange between machines that failed, else None."""
+    if len(set(ranks.hosts)) < 2 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return None
+    with contextlib.suppress(RuntimeError):
+        ranks.control.abort()  # whoever waits for this rank fails too, and answers the roll
+    found: list[list[int]] = []
+    call = threading.Thread(target=lambda: found.append(absent(ranks, "lost", grace(timeout))), daemon=True)  # it may hang
+    call.start()
+    call.join(1.5 * grace(timeout))
+    if not found:
+        return f"{ranks.hosts[0]} (rank 0), where the ranks met, does not answer any more: {first_line(error)}"
+    who = named(found[0], ranks.hosts)
+    return f"no answer from {who}: {first_line(error)}" if who else f"all ranks answer, but not in time: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def leave() -> None:

@@ -53,6 +53,7 @@ class AnnotationIndex:
     box_ids: np.ndarray  # int64 (B,) annotation ids
     category_ids: np.ndarray  # int64 (C,), ascending: label = position + 1
     category_names: tuple[str, ...]
+    sha256: str  # of the annotation file
     report: dict  # images, annotations, categories: entries read; dropped, mended: {reason: {"count", "examples"}}
     origin: str  # how this process came by it: "packed", "current", or "refreshed" (same content, new time stamp)
     stored_in: Path
@@ -103,7 +104,7 @@ class AnnotationIndex:
                     if found[1]["stamp"] == stamp:
                         return cls._of(file, place, found, "current")
                     same_size = found
-            if same_size and same_size[1]["sha256"] == _sha256(file):  # touched, copied or moved, but not edited
+            if same_size and same_size[1]["sha256"] == sha256_of(file):  # touched, copied or moved, but not edited
                 same_size[1]["stamp"] = stamp
                 _write(target, *same_size)
                 return cls._of(file, target, same_size, "refreshed")
@@ -124,18 +125,16 @@ class AnnotationIndex:
         arrays, head = found
         for array in arrays.values():
             array.flags.writeable = False
-        return cls(file, **arrays, category_names=tuple(head["names"]), report=head["report"], origin=origin, stored_in=place)
+        return cls(file, **arrays, category_names=tuple(head["names"]), sha256=head["sha256"], report=head["report"], origin=origin, stored_in=place)
 
 
 ARRAYS = tuple(field.name for field in fields(AnnotationIndex) if field.type is np.ndarray)
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     with open(file, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _places(file: Path) -> tuple[Path, Path]:

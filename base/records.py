@@ -76,6 +76,14 @@ def write_start(folder: Path, resolved: Resolved, backend: str, suppliers: dict[
     (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+def keep_config(folder: Path, resolved: Resolved, backend: str) -> None:
+    """The least that --resume needs to know of a run, in a folder that does not have it yet."""
+    if not (folder / "config.yaml").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config_text(resolved, backend), encoding="utf-8")
+        (folder / "environment.json").write_text(json.dumps({"backend": backend}) + "\n", encoding="utf-8")
+
+
 def config_text(resolved: Resolved, backend: str) -> str:
     """The resolved configuration as YAML, each line with its source; which `base.config.read_run` reads."""
     values = resolved.config.model_dump(mode="json")

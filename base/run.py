@@ -78,7 +78,7 @@ def set_up(
     config: Config, name: str, folder: Path, resume: bool, ranks: Ranks, stopped: StopRequest, records: Records, sources: dict
 ) -> Run:
     """Builds every component, and loads the checkpoint or the backbone."""
-    found = checkpoint.latest(folder, records.log) if resume else None
+    found = ranks.from_first(lambda: checkpoint.latest(folder, records.log)) if resume else None  # its disk alone need have it
     if ranks.is_first and resume:
         cut_back(folder, found[1]["progress"]["record_bytes"] if found else {})
     if not found:

@@ -5,6 +5,7 @@ Read it from `run` down; `base.run` builds what it works with. Backends replace 
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -264,8 +265,14 @@ def main(arguments: list[str]) -> int:
         ranks = distributed.join(wanted, backend.distributed, config.timeout, config.device_ids)
         code = run(config, given["sources"], given["backend"], Path(given["folder"]), given["resume"], ranks, stopped)
     except UserError as error:
-        if ranks is None or ranks.is_first or not isinstance(error, AgreedError):
+        if not isinstance(error, AgreedError) or os.environ["LOCAL_RANK"] == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+    except RuntimeError as error:
+        if ranks is None or not (why := distributed.lost(error, ranks, config.timeout)):
+            raise
+        if ranks.local_rank == 0:
+            print(f"error: {why}; go on with --resume {given['folder']} on every node", file=sys.stderr, flush=True)
+        return 1
     distributed.leave()  # not after any other error: its traceback holds what may still wait for other ranks, such as a captured graph
     return code
 

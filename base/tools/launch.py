@@ -9,7 +9,6 @@ import difflib
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 import time
@@ -22,6 +21,7 @@ from base.backends import DEFAULT_BACKEND, backend_folder, list_backends
 from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate
 from base.errors import UserError
 from base.index import AnnotationIndex
+from base.tools import preflight
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_DATA = ROOT / "data" / "demo"
@@ -55,9 +55,7 @@ def parser(command: str = "bash run_training.sh") -> argparse.ArgumentParser:
     result.add_argument("--sync_bn", action="store_true", help="batch norm over all ranks: --norm_ranks 0")
     result.add_argument("--list", action="store_true", help="show backends and configurations")
     result.add_argument("--dry_run", action="store_true", help="show what would run, and end")
-    result.add_argument("--node_rank", type=int, default=None, help="which node this is, with more than one")
-    result.add_argument("--rdzv_endpoint", default=None, help="HOST:PORT where the nodes meet")
-    result.add_argument("--rdzv_id", default="ssd", help="name of the meeting, the same on all nodes")
+    preflight.add_flags(result)
     config = result.add_argument_group("configuration", "each flag overrides a key of the configuration file: --batch_size 16, --decay-epochs 8 10")
     meaning = meanings()
     for key, field in Config.model_fields.items():
@@ -119,7 +117,7 @@ def main(arguments: list[str]) -> int:
     else:
         name, resolved = fresh(flags, overrides)
         label = flags.run_name or (
-            flags.rdzv_id if flags.node_rank is not None else time.strftime("%Y-%m-%d_%H%M%S") + f"-{name}-{flags.config or DEFAULT_CONFIG}"
+            flags.rdzv_id if resolved.config.nodes > 1 else time.strftime("%Y-%m-%d_%H%M%S") + f"-{name}-{flags.config or DEFAULT_CONFIG}"
         )
         folder = Path(resolved.config.runs_dir).absolute() / label
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -131,23 +129,39 @@ def main(arguments: list[str]) -> int:
 
 def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
     """Checks one run and trains it."""
-    command = torchrun_arguments(flags, resolved, name, folder)
+    config = resolved.config
+    preflight.check_flags(flags, config.nodes)
+    try:
+        backend = check(flags, name, resolved)
+    except UserError as error:
+        if config.nodes > 1 and not flags.dry_run:
+            print(f"this node cannot start ({error}); telling the others", file=sys.stderr, flush=True)
+            preflight.meet(flags, config.nodes, {}, str(error))
+        raise
+    if flags.dry_run:
+        from base.records import config_text
+
+        command = shlex.join(torchrun_arguments(flags, resolved, name, folder))
+        print(f"\n{config_text(resolved, name)}\ncommand: torchrun {command}")
+        return 0
+    if config.nodes > 1:
+        preflight.meet_nodes(flags, name, backend, resolved, folder)
+    return torchrun(torchrun_arguments(flags, resolved, name, folder), config, folder)
+
+
+def check(flags: argparse.Namespace, name: str, resolved: Resolved):
+    """All checks of this machine; draws the demo's data if there is none yet. → the backend."""
     draws = resolved.config.data_dir == str(DEMO_DATA) and not DEMO_DATA.exists()
     if not draws:
         check_data(resolved.config)
     backend = check_backend(name, resolved)
     print(components(name, backend, resolved), flush=True)
-    if flags.dry_run:
-        from base.records import config_text
-
-        print(f"\n{config_text(resolved, name)}\ncommand: torchrun {shlex.join(command)}")
-        return 0
-    if draws:
+    if draws and not flags.dry_run:
         from data_sets.demo_data import main as draw
 
         draw(["--data_dir", str(DEMO_DATA)])
         check_data(resolved.config)
-    return torchrun(command, resolved.config, folder)
+    return backend
 
 
 def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
@@ -166,12 +180,10 @@ def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folde
         if number > 1:
             config = config.model_copy(update={"checkpoint": str(folder / f"stage-{number - 1}"), "backbone_path": None})
         runs.append((Resolved(config, sources), folder / f"stage-{number}"))
-    if not flags.dry_run and not (folder / "config.yaml").exists():
-        from base.records import config_text
+    if not flags.dry_run:
+        from base.records import keep_config
 
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config_text(resolved, name), encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps({"backend": name}) + "\n", encoding="utf-8")
+        keep_config(folder, resolved, name)
     for number, (stage, place) in enumerate(runs, 1):
         height, width = stage.config.image_size
         print(f"\nstage {number} of {len(runs)}: {height}×{width}, {stage.config.epochs} epochs", flush=True)
@@ -318,17 +330,7 @@ def components(name: str, backend, resolved: Resolved) -> str:
 
 def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str, folder: Path) -> list[str]:
     """torchrun's own arguments, then the rank's."""
-    config, last = resolved.config, resolved.config.nodes - 1
-    if flags.node_rank is not None and not 0 <= flags.node_rank <= last:
-        raise UserError(f"--node_rank {flags.node_rank} is not one of {config.nodes} nodes, which are 0…{last}; --nodes sets how many there are")
-    if config.nodes == 1:
-        where = ["--standalone"]
-    elif not re.fullmatch(r".+:\d+", flags.rdzv_endpoint or ""):
-        given = "is missing" if flags.rdzv_endpoint is None else f"is {flags.rdzv_endpoint!r}"
-        raise UserError(f"{config.nodes} nodes need --rdzv_endpoint HOST:PORT (and --node_rank 0…{last}) on each of them; it {given}")
-    else:
-        kind = ["--rdzv-backend", "c10d"] if flags.node_rank is None else ["--rdzv-backend", "static", "--node-rank", str(flags.node_rank)]
-        where = ["--nnodes", str(config.nodes), "--rdzv-endpoint", flags.rdzv_endpoint, "--rdzv-id", flags.rdzv_id, *kind]
+    config = resolved.config
     given = {
         "config": config.model_dump(mode="json"),
         "sources": dict(resolved.sources),
@@ -336,14 +338,16 @@ def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str,
         "folder": str(folder),
         "resume": bool(flags.resume),
     }
-    return [*where, "--nproc-per-node", str(config.devices), "-m", "base.train", json.dumps(given)]
+    return [*preflight.torchrun_place(flags, config.nodes), "--nproc-per-node", str(config.devices), "-m", "base.train", json.dumps(given)]
 
 
 def torchrun(command: list[str], config: Config, folder: Path) -> int:
     """Runs torchrun in this process and returns the exit code of the run: of its first rank to fail, if any."""
-    from torch.distributed import run
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from base.distributed import first_line
 
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.devices)))
@@ -365,6 +369,9 @@ def torchrun(command: list[str], config: Config, folder: Path) -> int:
             )
             return 128 - failure.exitcode
         return failure.exitcode
+    except DistError as error:
+        print(f"error: the nodes lost each other ({first_line(error)}); go on with --resume {folder} on each of them", file=sys.stderr)
+        return 1
     return 0
 
 
