@@ -272,7 +272,7 @@ def main(arguments: list[str]) -> int:
             raise
         if ranks.local_rank == 0:
             print(f"error: {why}; go on with --resume {given['folder']} on every node", file=sys.stderr, flush=True)
-        return 1
+        os._exit(1)  # at once: what has been sent to the lost rank would be waited for
     distributed.leave()  # not after any other error: its traceback holds what may still wait for other ranks, such as a captured graph
     return code
 

@@ -145,7 +145,7 @@ def _listener(place: str, port: int, number: int | None, host: str) -> socket.so
         try:
             return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=1024, dualstack_ipv6=both)
         except OSError as error:
-            raise UserError(f"port {port} of {host} cannot be listened at ({error.strerror}); choose another in --rdzv_endpoint") from error
+            raise UserError(f"port {port} of {host} cannot be listened at ({os.strerror(error.errno)}); choose another in --rdzv_endpoint") from error
     if number is None:
         with contextlib.suppress(OSError):  # unknown names are reported by whoever connects
             for family, _, _, _, address in socket.getaddrinfo(place, port, type=socket.SOCK_STREAM):
