@@ -134,10 +134,9 @@ def join(wanted_device: str, wanted_group: str, timeout: int, device_ids: Sequen
     hosts = tuple(nodes[number * len(nodes) // world_size] for number in range(world_size))
     limit = timedelta(seconds=timeout - 2 * grace(timeout))
     try:
-        store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=REACH)))
+        store = meeting_place(rank, world_size)
     except dist.DistError as error:
         raise AgreedError(f"{hosts[rank]} cannot reach {hosts[0]}, where the ranks meet: {first_line(error)}") from error
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     ranks = Ranks(rank, world_size, device, None, limit, local, hosts, store)
     if missing := absent(ranks, "join", REACH):
         raise AgreedError(f"{named(missing, hosts)} did not come within {REACH} s")
@@ -160,7 +159,22 @@ def join(wanted_device: str, wanted_group: str, timeout: int, device_ids: Sequen
     finally:
         alarm.cancel()
     store.set_timeout(limit)
+    if len(set(hosts)) > 1:
+        threading.Thread(target=answer, args=(meeting_place(rank, world_size), rank), daemon=True).start()
     return replace(ranks, control=control)
+
+
+def meeting_place(rank: int, world_size: int) -> dist.Store:
+    """A connection to the store of this attempt to run."""
+    store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=REACH)))
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def answer(store: dist.Store, rank: int) -> None:
+    """Answers when a rank calls the roll for lost ones, although this rank's main thread may be waiting for one of them too."""
+    with contextlib.suppress(dist.DistError):  # the run is over
+        store.wait(["lost"], timedelta(days=20))  # about the most that fits into 31 bits of milliseconds
+        store.set(f"lost {rank}", "here")
 
 
 def give_up(message: str) -> None:
@@ -174,6 +188,7 @@ def absent(ranks: Ranks, roll: str, seconds: float) -> list[int]:
     """The ranks that do not answer this call of the roll in so many seconds."""
     keys = [f"{roll} {rank}" for rank in range(ranks.world_size)]
     ranks.store.set(keys[ranks.rank], "here")
+    ranks.store.set(roll, "called")
     try:
         ranks.store.wait(keys, timedelta(seconds=seconds))
     except dist.DistStoreError:
@@ -198,20 +213,21 @@ def lost(error: RuntimeError, ranks: Ranks, timeout: float) -> str | None:
     """Which ranks of other machines do not answer any more, if it is an exchange between machines that failed, else None."""
     if len(set(ranks.hosts)) < 2 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return None
-    with contextlib.suppress(RuntimeError):
-        ranks.control.abort()  # whoever waits for this rank fails too, and answers the roll
     found: list[list[int]] = []
     call = threading.Thread(target=lambda: found.append(absent(ranks, "lost", grace(timeout))), daemon=True)  # it may hang
     call.start()
     call.join(1.5 * grace(timeout))
     if not found:
         return f"{ranks.hosts[0]} (rank 0), where the ranks met, does not answer any more: {first_line(error)}"
-    who = named(found[0], ranks.hosts)
-    return f"no answer from {who}: {first_line(error)}" if who else f"all ranks answer, but not in time: {first_line(error)}"
+    if found[0]:
+        return f"no answer from {named(found[0], ranks.hosts)}: {first_line(error)}"
+    others = [rank for rank, host in enumerate(ranks.hosts) if host != ranks.hosts[ranks.rank]]
+    return f"an exchange with {named(others, ranks.hosts)} failed, although all of them answer: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    """What an error of torch.distributed says, without its advice and stack."""
+    return re.split(r"\n|\. This ", str(error))[0]
 
 
 def leave() -> None:
