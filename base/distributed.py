@@ -132,7 +132,7 @@ def join(wanted_device: str, wanted_group: str, timeout: int, device_ids: Sequen
     group = wanted_group if wanted_group != "auto" else dist.get_default_backend_for_device(device)
     nodes = os.environ.get("SSD_HOSTS", platform.node()).split()  # by the launcher
     hosts = tuple(nodes[number * len(nodes) // world_size] for number in range(world_size))
-    limit = timedelta(seconds=timeout - 2 * grace(timeout))
+    limit = timedelta(seconds=timeout - 3 * grace(timeout))
     try:
         store = meeting_place(rank, world_size)
     except dist.DistError as error:
@@ -205,8 +205,8 @@ def named(some: Sequence[int], hosts: Sequence[str]) -> str:
 
 
 def grace(timeout: float) -> float:
-    """Seconds of ``timeout`` that are left, once an exchange has failed, to find out who is lost; as many again for ending."""
-    return min(5.0, timeout / 6)
+    """Seconds of ``timeout`` kept for finding out who is lost, once an exchange has failed; twice as many are kept for ending."""
+    return min(5.0, timeout / 8)
 
 
 def lost(error: RuntimeError, ranks: Ranks, timeout: float) -> str | None:

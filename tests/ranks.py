@@ -1,10 +1,12 @@
-"""One of several processes that train together, for test_ranks.py."""
+"""One of several processes that train together, for test_ranks.py and test_hosts.py."""
 
+import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from base import distributed
 from base.backend import load_backend
 from base.contracts import Batch
 from base.distributed import Ranks
@@ -48,3 +50,17 @@ def train(rank: int, world_size: int, folder: str, cases: dict[str, dict]) -> No
     torch.save(found, Path(folder, f"{rank}.pt"))
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def lose_the_last(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Ranks of a host each add up numbers until the last of them ends; the others leave what they say of it in folder/<rank>.txt."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["SSD_HOSTS"] = "a b c d"
+    here = distributed.join("cpu", "gloo", 40)
+    try:
+        for turn in range(10**9):
+            if turn == 20 and rank == world_size - 1:
+                os._exit(0)
+            here.sums([1.0])
+    except RuntimeError as error:
+        Path(folder, f"{rank}.txt").write_text(str(distributed.lost(error, here, 40)))

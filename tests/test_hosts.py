@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from base import checkpoint
+from base import checkpoint, distributed
 from base.errors import UserError
 from base.tools import preflight
 from base.tools.preflight import differences, host_names, judge
+from tests import ranks
 from tests.conftest import ROOT, Started, losses
 from tests.test_resume import assert_same, wait_for
 
@@ -156,6 +158,25 @@ def test_code_is_compared_by_content(tmp_path, monkeypatch):
     assert said.startswith("file base/train.py differs: ")
 
 
+# Ranks
+
+
+def test_ranks_that_do_not_come_are_named(monkeypatch):
+    here = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SSD_HOSTS": "alpha beta"}
+    for name, value in here.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "REACH", 1)
+    with pytest.raises(UserError, match=r"^alpha \(rank 1\), beta \(ranks 2 3\) did not come within 1 s$"):
+        distributed.join("cpu", "gloo", 15)
+
+
+@pytest.mark.long
+def test_a_lost_rank_is_told_from_those_that_wait_for_it(tmp_path):
+    torch.multiprocessing.spawn(ranks.lose_the_last, (4, free_port(), str(tmp_path)), nprocs=4)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)]
+    assert all(line.startswith("no answer from d (rank 3): ") for line in said), said
+
+
 # Two hosts: network namespaces with names, addresses and folders of their own, joined by a cable
 
 
@@ -213,6 +234,11 @@ def hosts(tmp_path_factory):
             ip("netns", "delete", space)
 
 
+def first_error(run: Started) -> str:
+    """The error that a run prints, as soon as it does."""
+    return next((line for line in run.process.stderr if line.startswith("error: ")), "")
+
+
 TRAIN = ["--name", "reference", "--config", "demo", "--device", "cpu", "--image_size", "64", "64", "--strides", *"111111", "--batch_size", "4"]
 TRAIN += ["--workers", "0", "--eval_batch_size", "12", "--max_steps", "12", "--eval_every", "0", "--target", "null", "--log_every", "1"]
 TRAIN += ["--checkpoint_every", "2", "--run_name", "run"]
@@ -247,13 +273,14 @@ def test_a_cut_cable_ends_both_sides_and_the_run_goes_on_to_the_same_weights(hos
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) >= 4, both[0].process)
     hosts.cable("down")
     cut = time.monotonic()
-    ended = [one.wait_done() for one in both]
+    with ThreadPoolExecutor() as pool:
+        errors = list(pool.map(first_error, both))
     assert time.monotonic() - cut < 20
+    ended = [one.wait_done(60) for one in both]
     hosts.cable("up")
-    for done, other in zip(ended, ("beta (rank 1)", "alpha (rank 0)"), strict=True):
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        [said] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for said, done, other in zip(errors, ended, ("beta (rank 1)", "alpha (rank 0)"), strict=True):
         assert other in said and f"go on with --resume {hosts.folder}" in said
+        assert done.returncode == 1 and "error:" not in done.stderr and "Traceback" not in done.stderr
     assert 4 <= checkpoint.read(checkpoint.listed(run)[0])["progress"]["step"] < 12
     assert not list((hosts.folder / "beta" / "runs" / "run").rglob("*.pt"))  # their disks are not one
 

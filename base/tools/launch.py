@@ -232,9 +232,10 @@ def resumed(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, 
     stored = read_run(folder / "config.yaml")
     if flags.config or flags.run_name or flags.name not in (None, name):
         raise UserError(f"{folder} keeps its backend ({name}), configuration and name; leave out --name, --config and --run_name")
-    if fixed := [key for key, value in overrides.items() if key not in RESUMABLE]:
+    values = stored.model_dump(mode="json")
+    if fixed := [key for key, value in overrides.items() if key not in RESUMABLE and value != values[key]]:
         raise UserError(f"--{fixed[0]} cannot change when a run is resumed; what can: {', '.join(sorted(RESUMABLE))}")
-    values = {**stored.model_dump(mode="json"), **overrides}
+    values |= overrides
     sources = {**dict.fromkeys(values, f"--resume {folder}"), **{key: f"--{key}" for key in overrides}}
     return name, Resolved(validate(values, sources), sources), folder
 
