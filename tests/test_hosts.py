@@ -119,12 +119,12 @@ def test_a_node_alone_says_why_it_reaches_nobody(met):
 
 def test_strangers_and_nodes_started_anew_do_no_harm(met):
     port, done = free_port(), {}
-    first = threading.Thread(target=lambda: done.update(met({"a": (0, {})}, port=port)))
+    first = threading.Thread(target=lambda: done.update(met({"a": (0, {})}, 3, port=port)))
     first.start()
-    for said in (b"GET / HTTP/1.0\n", b"[]\n", b'{"host": "b", "number": 1, "failure": "", "facts": {"old": "x"}, "seconds": 9}\n'):
+    for said in (b"GET / HTTP/1.0\n", b"[]\n", b'{"host": "b", "number": 1, "failure": "", "facts": {"old": "x"}, "seconds": 20}\n'):
         with contextlib.closing(connected(port)) as stranger:
             stranger.sendall(said)
-    assert met({"b": (1, {})}, port=port)["b"].hosts == ["a", "b"]
+    assert met({"b": (1, {}), "c": (2, {})}, 3, port=port)["b"].hosts == ["a", "b", "c"]
     first.join()
     assert done["a"].number == 0
 
@@ -162,7 +162,9 @@ def test_code_is_compared_by_content(tmp_path, monkeypatch):
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch):
-    here = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SSD_HOSTS": "alpha beta"}
+    launcher = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    here = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": launcher.port, "SSD_HOSTS": "alpha beta"}
+    here["TORCHELASTIC_USE_AGENT_STORE"] = True  # as torchrun sets it
     for name, value in here.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(distributed, "REACH", 1)

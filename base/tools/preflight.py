@@ -219,18 +219,19 @@ def judge(reports: list[dict], nodes: int, seconds: int, expected: Iterable[str]
     """→ (each report's node number, what is wrong, a line each). Nodes without a number get one in the order of their arrival."""
     free = [number for number in range(nodes) if number not in {report["number"] for report in reports}]
     numbers = [free.pop(0) if report["number"] is None else report["number"] for report in reports]
-    names = [f"{report['host']} (node {number})" for number, report in zip(numbers, reports, strict=True)]
+    placed = sorted(zip(numbers, reports, strict=True), key=lambda pair: pair[0])
+    names = [f"{report['host']} (node {number})" for number, report in placed]
     faults = []
     for number in sorted(set(numbers)):
-        if len(same := [report["host"] for n, report in zip(numbers, reports, strict=True) if n == number]) > 1:
+        if len(same := [report["host"] for n, report in placed if n == number]) > 1:
             faults.append(f"--node_rank {number} was given on {' and on '.join(same)}")
     if free:
         here = {report["host"].partition(".")[0] for report in reports}
         lost = [name for name in expected if name.partition(".")[0] not in here]
         who = f"node {_some(map(str, free))}" + (f" (of the job's hosts {_some(lost)})" if lost else "")
-        faults.append(f"{who} did not answer within {seconds} s; answered: {_some(sorted(names))}")
-    able = {name: report["facts"] for name, report in zip(names, reports, strict=True) if not report["failure"]}
-    faults += [f"{name}: {report['failure']}" for name, report in zip(names, reports, strict=True) if report["failure"]]
+        faults.append(f"{who} did not answer within {seconds} s; answered: {_some(names)}")
+    faults += [f"{name}: {report['failure']}" for name, (_, report) in zip(names, placed, strict=True) if report["failure"]]
+    able = {name: report["facts"] for name, (_, report) in zip(names, placed, strict=True) if not report["failure"]}
     return numbers, faults + differences(able)
 
 
