@@ -1,5 +1,6 @@
 """The folder of a run: configuration, environment, metrics as JSON lines, a log and the MLPerf log."""
 
+import contextlib
 import json
 import os
 import platform
@@ -78,10 +79,10 @@ def write_start(folder: Path, resolved: Resolved, backend: str, suppliers: dict[
 
 def keep_config(folder: Path, resolved: Resolved, backend: str) -> None:
     """The least that --resume needs to know of a run, in a folder that does not have it yet."""
-    if not (folder / "config.yaml").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config_text(resolved, backend), encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps({"backend": backend}) + "\n", encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("config.yaml", config_text(resolved, backend)), ("environment.json", json.dumps({"backend": backend}) + "\n")):
+        with contextlib.suppress(FileExistsError), open(folder / name, "x", encoding="utf-8") as file:
+            file.write(text)
 
 
 def config_text(resolved: Resolved, backend: str) -> str:

@@ -18,7 +18,7 @@ from base.contracts import Loader, Step
 from base.distributed import Ranks
 from base.evaluate import Background, make_eval_loader
 from base.index import AnnotationIndex
-from base.records import Records, cut_back, environment, write_start
+from base.records import Records, cut_back, environment, keep_config, write_start
 from base.telemetry import Sampler
 from base.weights import load_backbone
 
@@ -85,8 +85,10 @@ def set_up(
         records.mlperf.init_start(platform=environment(ranks.device)["cpu"])
     torch.manual_seed(config.seed)
     backend = load_backend(name, config.use)
-    if ranks.is_first and not resume:
-        write_start(folder, Resolved(config, sources), name, backend.suppliers, ranks.device)
+    if not resume:
+        ranks.from_first(lambda: write_start(folder, Resolved(config, sources), name, backend.suppliers, ranks.device))
+        if ranks.local_rank == 0:
+            keep_config(folder, Resolved(config, sources), name)  # for --resume on a machine that does not share the first one's folder
     if config.bind_cores and ranks.device.type != "cpu":
         for rank, what in enumerate(ranks.gathered(bind(ranks.device, config.device_ids or range(config.devices)))):
             records.log(f"rank {rank}: {what}")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from base import checkpoint, distributed
 from base.errors import UserError
 from base.tools import preflight
+from base.tools.launch import main
 from base.tools.preflight import differences, host_names, judge
 from tests import ranks
 from tests.conftest import ROOT, Started, losses
@@ -79,14 +81,22 @@ def test_nodes_without_a_number_get_one(met):
 def test_every_node_is_told_what_differs_and_where(met):
     new, old = {"torch": "2.15.0", "seed": "1"}, {"torch": "2.7.1", "seed": "1"}
     found = met({"a": (0, new), "b": (1, old), "c": (2, new)}, 3)
-    assert set(found.values()) == {
-        "the 3 nodes cannot train together:\n       torch differs: 2.7.1 on b (node 1), 2.15.0 on a (node 0), c (node 2)"
-    }
+    assert set(found.values()) == {"the 3 nodes cannot train together:\n       torch differs: 2.7.1 on b (node 1), 2.15.0 on a (node 0), c (node 2)"}
 
 
 def test_a_node_that_cannot_start_tells_the_others(met):
     found = met({"a": (0, {"torch": "1"}), "b": (1, {})}, failures={"b": "data folder /data does not exist"})
     assert set(found.values()) == {"the 2 nodes cannot train together:\n       b (node 1): data folder /data does not exist"}
+
+
+def test_the_checks_of_one_machine_are_told_to_the_others(met):
+    port, told = free_port(), {}
+    other = threading.Thread(target=lambda: told.update(met({"a": (0, {})}, port=port)))
+    other.start()
+    with pytest.raises(UserError) as caught:
+        main(["--data_dir", "/nowhere", "--nodes", "2", "--node-rank", "1", "--rdzv-endpoint", f"127.0.0.1:{port}"])
+    other.join()
+    assert told["a"] == str(caught.value) and f"{platform.node()} (node 1): data folder /nowhere does not exist" in told["a"]
 
 
 def test_a_number_that_is_given_twice(met):

@@ -145,7 +145,7 @@ def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path
         print(f"\n{config_text(resolved, name)}\ncommand: torchrun {command}")
         return 0
     if config.nodes > 1:
-        preflight.meet_nodes(flags, name, backend, resolved, folder)
+        preflight.meet_nodes(flags, name, backend, config)
     return torchrun(torchrun_arguments(flags, resolved, name, folder), config, folder)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from base.backends import backend_folder
-from base.config import Config, Resolved
+from base.config import Config
 from base.errors import UserError
 from base.index import AnnotationIndex, sha256_of
 
@@ -70,19 +70,14 @@ def torchrun_place(flags: argparse.Namespace, nodes: int) -> list[str]:
     return [*where, "--rdzv-conf", "timeout=60", "--node-rank", number]
 
 
-def meet_nodes(flags: argparse.Namespace, name: str, backend: Any, resolved: Resolved, folder: Path) -> None:
+def meet_nodes(flags: argparse.Namespace, name: str, backend: Any, config: Config) -> None:
     """Compares this node with the others, and sets its number and what its ranks need to reach theirs. Raises UserError, as `meet`."""
-    from base.records import keep_config
-
-    config = resolved.config
     met = meet(flags, config.nodes, facts(config, name, backend, bool(flags.resume), flags.rdzv_id))
     hosts = ", ".join(f"{host} (node {number})" for number, host in enumerate(met.hosts))
     print(f"{hosts}: the same code, configuration, torch and data; this is node {met.number}", flush=True)
     flags.node_rank, os.environ["SSD_HOSTS"] = met.number, " ".join(met.hosts)
     if met.interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", met.interface)  # else Gloo takes that of the host's name, often the loopback
-    if met.number and not flags.resume:
-        keep_config(folder, resolved, name)  # for --resume where nodes share no folder; where they do, the first rank writes it anew
 
 
 def facts(config: Config, name: str, backend: Any, resume: bool, run: str) -> dict[str, str]:
