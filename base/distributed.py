@@ -214,7 +214,12 @@ def lost(error: RuntimeError, ranks: Ranks, timeout: float) -> str | None:
     if len(set(ranks.hosts)) < 2 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return None
     found: list[list[int]] = []
-    call = threading.Thread(target=lambda: found.append(absent(ranks, "lost", grace(timeout))), daemon=True)  # it may hang
+
+    def call_roll() -> None:
+        with contextlib.suppress(dist.DistError):
+            found.append(absent(ranks, "lost", grace(timeout)))
+
+    call = threading.Thread(target=call_roll, daemon=True)  # it hangs if the store's machine is the lost one
     call.start()
     call.join(1.5 * grace(timeout))
     if not found:
