@@ -1,8 +1,7 @@
 """The ranks of a run: who I am, and the few things that ranks tell each other outside the training step."""
 
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,11 +13,9 @@ from base.backends import DEFAULT_BACKEND
 from base.errors import UserError
 from base.watchdog import Watchdog
 
-PATIENCE = 30  # seconds that a collective waits longer than a watchdog: the rank that hangs is to be the first to end
-
 
 class AgreedError(UserError):
-    """An error that every rank raises at the same place; the first rank prints it for all."""
+    """An error that every rank raises at the same place; the first rank of each machine prints it."""
 
     def __init__(self, message: str, code: int = UserError.code):
         super().__init__(message)
@@ -35,6 +32,8 @@ class Ranks:
     control: Any = None
     timeout: timedelta | None = None  # of what ranks do together
     local_rank: int = 0  # among those of this machine
+    hosts: tuple[str, ...] = ()  # of each rank
+    store: Any = None  # where the ranks met
     watchdog: Watchdog | None = None
 
     @property
@@ -141,25 +140,3 @@ def check_cards(backend, names: list[str]) -> None:
     if other := [name for name in names if backend.cards and not re.match(backend.cards, name)]:
         what = f"backend {backend.name} is for devices whose names begin with {backend.cards}, and this machine has {other[0]!r}"
         raise UserError(f"{what}; --list shows the other backends")
-
-
-def join(wanted_device: str, wanted_group: str, watchdog: Watchdog, device_ids: Sequence[int] = ()) -> Ranks:
-    """Joins the process groups that torchrun's environment describes. ``device_ids``: of this machine's ranks."""
-    rank, world_size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    kind = device_type(wanted_device)
-    device = torch.device(kind) if kind == "cpu" else torch.device(kind, device_ids[local] if device_ids else local)
-    if kind != "cpu":
-        torch.get_device_module(kind).set_device(device)
-    if world_size == 1:
-        return Ranks(rank, world_size, device, local_rank=local, watchdog=watchdog)
-    group = wanted_group if wanted_group != "auto" else dist.get_default_backend_for_device(device)
-    limit = timedelta(seconds=watchdog.seconds + PATIENCE)
-    dist.init_process_group(group, timeout=limit)
-    control = dist.group.WORLD if group == "gloo" else dist.new_group(backend="gloo", timeout=limit)
-    return Ranks(rank, world_size, device, control, limit, local, watchdog)
-
-
-def leave() -> None:
-    """Closes the process groups, if any."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """The folder of a run: configuration, environment, metrics as JSON lines, a log and the MLPerf log."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -119,6 +120,14 @@ def write_start(folder: Path, resolved: Resolved, backend: str, suppliers: dict[
             os.replace(folder / f".{name}", folder / name)
     except OSError as error:
         raise UserError(f"{folder / name} cannot be written ({error.strerror}); choose another folder with --runs_dir") from error
+
+
+def keep_config(folder: Path, resolved: Resolved, backend: str) -> None:
+    """The least that --resume needs to know of a run, in a folder that does not have it yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("config.yaml", config_text(resolved, backend)), ("environment.json", json.dumps({"backend": backend}) + "\n")):
+        with contextlib.suppress(FileExistsError), open(folder / name, "x", encoding="utf-8") as file:
+            file.write(text)
 
 
 def config_text(resolved: Resolved, backend: str) -> str:

@@ -17,10 +17,10 @@ from base.config import Config, Resolved
 from base.contracts import Loader, Step
 from base.distributed import Ranks
 from base.evaluate import Background, make_eval_loader
-from base.index import AnnotationIndex
-from base.records import Records, environment, write_start
+from base.records import Records, environment, keep_config, write_start
 from base.telemetry import Sampler
 from base.weights import load_backbone
+from data_sets.index import AnnotationIndex
 
 
 class StopRequest:
@@ -99,6 +99,8 @@ def set_up(
     backend = load_backend(name, config.use)
     if not found:
         ranks.first(lambda: write_start(folder, Resolved(config, sources), name, backend.suppliers, ranks.device))
+    if ranks.local_rank == 0:
+        keep_config(folder, Resolved(config, sources), name)  # for --resume on a machine that does not share the first one's folder
     if config.bind_cores and ranks.device.type != "cpu":
         for rank, what in enumerate(ranks.gathered(bind(ranks.device, config.device_ids or range(config.devices)))):
             records.log(f"rank {rank}: {what}")

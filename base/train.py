@@ -5,11 +5,12 @@ Read it from `run` down; `base.run` builds what it works with. Backends replace 
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
-from base import checkpoint, distributed, telemetry
+from base import checkpoint, reach, telemetry
 from base.backend import load_backend
 from base.checkpoint import Progress
 from base.config import Config, validate
@@ -258,14 +259,18 @@ def main(arguments: list[str]) -> int:
     try:
         backend = load_backend(given["backend"], config.use)
         wanted = config.device if config.device != "auto" else backend.device
-        ranks = distributed.join(wanted, backend.distributed, watchdog, config.device_ids)
+        ranks = reach.join(wanted, backend.distributed, config.timeout, config.device_ids, watchdog)
         code = run(config, given["sources"], given["backend"], Path(given["folder"]), given["resume"], ranks, stopped)
     except UserError as error:
         code = error.code
         note_error(code, str(error))
-        if ranks is None or ranks.is_first or not isinstance(error, AgreedError):
+        if not isinstance(error, AgreedError) or os.environ["LOCAL_RANK"] == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-    distributed.leave()  # not after any other error: its traceback holds what may still wait for other ranks, such as a captured graph
+    except RuntimeError as error:
+        if ranks is None or not (why := reach.lost(error, ranks, config.timeout)):
+            raise
+        reach.give_up(why)
+    reach.leave()  # not after any other error: its traceback holds what may still wait for other ranks, such as a captured graph
     return code
 
 

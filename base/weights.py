@@ -1,6 +1,5 @@
 """Weights from elsewhere: torchvision's ResNet files and MLPerf reference checkpoints."""
 
-import hashlib
 import re
 import zipfile
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from base.boxes import BOXES_PER_CELL
 from base.errors import UserError
+from data_sets.index import sha256_of
 
 # MLPerf reference name → this project's, by prefix (golden/mlperf_state_dict.json has all 218 names)
 MLPERF_PREFIXES = (
@@ -52,7 +52,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     state = read_tensors(path)
-    if (named := HASHED_NAME.fullmatch(path.name)) and not (actual := _sha256(path)).startswith(named[1]):
+    if (named := HASHED_NAME.fullmatch(path.name)) and not (actual := sha256_of(path)).startswith(named[1]):
         raise UserError(
             f"backbone {path} is not the file that its name promises: SHA-256 {actual[:8]}…, not {named[1]}…; download it again"
         )
@@ -68,14 +68,6 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
         detail = [f"lacks {name}" for name in missing[:1]] + [f"has {text}" for text in [*shapes[:1], *(f"{name} besides" for name in surplus[:1])]]
         raise UserError(f"backbone {path} is not weights of this model's ResNet: it {' and '.join(detail)}; is --backbone right?")
     model.backbone.load_state_dict({name: state.get(name, tensor) for name, tensor in wanted.items()})
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def is_mlperf(state: dict) -> bool:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from base.backend import Backend
 from base.contracts import FIGURES, Batch, Detections, Evaluator
-from base.index import AnnotationIndex
 from conformance.parts import GOLDEN, LARGE, Found, Kit, NotChecked, golden, wrong
+from data_sets.index import AnnotationIndex
 
 SIZE = (96, 128)  # height and width of the samples
 IMAGES, EMPTY = 43, 3  # pictures, of them without boxes

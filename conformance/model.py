@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from base import distributed
+from base import distributed, reach
 from base.backend import Backend, load_backend
 from base.contracts import Batch
 from base.tools.ranks import on_ranks
@@ -201,9 +201,9 @@ def rank_main(work: Callable, name: str, use: dict, kind: str, seed: int, folder
     """What ``work(kit, ranks)`` returns on this rank."""
     backend = load_backend(name, use)
     torch.backends.cudnn.allow_tf32 = False  # as in the process that started this one
-    ranks = distributed.join(kind, "gloo" if kind == "cpu" else backend.distributed, 120)
+    ranks = reach.join(kind, "gloo" if kind == "cpu" else backend.distributed, 120)
     found = work(Kit(backend, load_backend("reference"), ranks.device, seed, Path(folder), use), ranks)
-    distributed.leave()
+    reach.leave()
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from base.contracts import FIGURES, Detections
-from base.index import AnnotationIndex
+from data_sets.index import AnnotationIndex
 
 from . import _coco
 

@@ -16,10 +16,10 @@ from rich.text import Text
 from base.boxes import DefaultBoxes
 from base.config import Config
 from base.errors import UserError
-from base.index import AnnotationIndex
 from data_sets import layout
 from data_sets.coco_json import EXAMPLES
 from data_sets.coverage import BY_FORCE, THRESHOLD, model_boxes
+from data_sets.index import AnnotationIndex
 from data_sets.look_page import MOST_SAMPLES, data_page
 from data_sets.pack import faults, parts_of
 from data_sets.survey import CHECKED, REFUSED, Part, class_table, ends, facts_table, fit_table, look

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from base.index import AnnotationIndex
 from data_sets import layout
+from data_sets.index import AnnotationIndex
 
 
 def describe(index: AnnotationIndex, seconds: float) -> str:

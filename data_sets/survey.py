@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import track
 
 from base.boxes import DefaultBoxes
-from base.index import AnnotationIndex
 from data_sets.coco_json import ltrb_of
 from data_sets.coverage import CHUNK, Group, best_overlaps, by_area, by_ratio, by_size, fits, groups
+from data_sets.index import AnnotationIndex
 from pages.html import shown
 
 CHECKED = 200  # image files of a part that are read if not all are

@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from base.contracts import FIGURES, Detections
-from base.index import AnnotationIndex
+from data_sets.index import AnnotationIndex
 
 
 class CocoEvaluator:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from base.contracts import Batch
 from base.errors import LostProcess, UserError
-from base.index import AnnotationIndex
 from base.sampling import eval_shard, sample_rng, train_shard
+from data_sets.index import AnnotationIndex
 
 from .augment import augment, resize
 from .images import BadImage, read_rgb

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +67,9 @@ SMALL = ["--image_size", "96", "96", "--strides", "1", "1", "1", "1", "1", "1", 
 class Started:
     """A run of run_training.sh in a process of its own."""
 
-    def __init__(self, folder: Path, flags: list[str], env: dict | None = None):
+    def __init__(self, folder: Path, flags: list[str], env: dict | None = None, before: Sequence[str] = (), project: Path = ROOT):
         environment = {**os.environ, "SSD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **(env or {})}
-        command = ["bash", str(ROOT / "run_training.sh"), *flags]
+        command = [*before, "bash", str(project / "run_training.sh"), *flags]
         self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
 
     def wait_done(self, seconds: float = 500) -> subprocess.CompletedProcess:

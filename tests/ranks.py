@@ -1,12 +1,14 @@
-"""One of several processes that train or evaluate together, for test_ranks.py."""
+"""One of several processes that train or evaluate together, for test_ranks.py and test_hosts.py."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from base import reach
 from base.backend import Backend, load_backend
 from base.config import Config
 from base.contracts import Batch
@@ -113,3 +115,15 @@ def evaluate(ranks: Ranks, names: list[str], folders: dict[int, Path]) -> dict[t
             loader = make_eval_loader(backend, config, ranks)
             found[name, count], _ = detect(backend, config, ranks, step, model.default_boxes, loader, lambda: False)
     return found
+def lose_the_last(rank: int, world_size: int, port: int, folder: str) -> None:
+    """Ranks of a host each add up numbers until the last of them ends; the others leave what they say of it in folder/<rank>.txt."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["SSD_HOSTS"] = "a b c"
+    here = reach.join("cpu", "gloo", 40)
+    try:
+        for turn in range(10**9):
+            if turn == 20 and rank == world_size - 1:
+                os._exit(0)
+            here.sums([1.0])
+    except RuntimeError as error:
+        Path(folder, f"{rank}.txt").write_text(str(reach.lost(error, here, 40)))

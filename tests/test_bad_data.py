@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from base.contracts import Detections
 from base.errors import UserError
 from base.evaluate import check_bad_images
-from base.index import AnnotationIndex
 from base.sampling import train_shard
+from data_sets.index import AnnotationIndex
 from tests.test_loader import check_batch, evaluating, many, picture, pure, training, write_coco
 
 ORIENTATION = 0x0112

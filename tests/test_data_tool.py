@@ -16,8 +16,8 @@ from PIL import Image
 
 from base.__main__ import main
 from base.boxes import default_boxes, iou
-from base.index import AnnotationIndex
 from data_sets.coverage import best_overlaps, by_area, by_ratio, by_size, fits
+from data_sets.index import AnnotationIndex
 from data_sets.look_page import data_page
 from data_sets.survey import class_table, facts, look
 from pages.html import bar_chart, jpeg, page, shown, table

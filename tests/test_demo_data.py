@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from base.errors import UserError
-from base.index import AnnotationIndex
 from data_sets import demo_data
 from data_sets import demo_data as demo
+from data_sets.index import AnnotationIndex
 
 TRAIN, VAL, SIZE = 40, 8, 96
 

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from base import index as index_module
 from base.errors import UserError
-from base.index import AnnotationIndex
 from base.tools import bench, bench_index
 from data_sets import coco_json
+from data_sets import index as index_module
 from data_sets import pack as index_tool
+from data_sets.index import AnnotationIndex
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -349,7 +349,7 @@ def test_damaged_index_is_repaired(data):
         assert AnnotationIndex.open(file).origin == "current"
 
 
-OPEN = "import sys; from base.index import AnnotationIndex as A; i = A.open(sys.argv[1], lambda s: print(s, file=sys.stderr)); "
+OPEN = "import sys; from data_sets.index import AnnotationIndex as A; i = A.open(sys.argv[1], lambda s: print(s, file=sys.stderr)); "
 OPEN += "print(i.origin, i.stored_in, len(i.boxes))"
 
 
@@ -460,7 +460,7 @@ def test_tool_prints_counts_and_reasons(tmp_path, capsys):
 
 
 def test_opening_imports_no_torch():
-    code = "import sys, base.index, data_sets.pack; sys.exit(any(m.split('.')[0] in ('torch', 'PIL') for m in sys.modules))"
+    code = "import sys, data_sets.index, data_sets.pack; sys.exit(any(m.split('.')[0] in ('torch', 'PIL') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -164,11 +164,11 @@ def test_several_nodes_need_a_place_to_meet(refused, demo):
 def test_commands_of_several_nodes(here, demo, capsys):
     assert main([*demo, "--nodes", "2", "--rdzv-endpoint", "host:29500", "--device", "cpu", "--dry_run"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert " ".join(words[2:-3]) == "--nnodes 2 --rdzv-endpoint host:29500 --rdzv-id ssd --rdzv-backend c10d --nproc-per-node 1"
+    where = "--nnodes 2 --rdzv-endpoint host:29500 --rdzv-id ssd --rdzv-backend static --rdzv-conf timeout=60 --node-rank"
+    assert " ".join(words[2:-3]) == f"{where} N --nproc-per-node 1"  # the number that the meeting gives
     assert main([*demo, "--nodes", "2", "--rdzv_endpoint", "host:29500", "--node_rank", "1", "--device", "cpu", "--dry_run"]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    where = "--nnodes 2 --rdzv-endpoint host:29500 --rdzv-id ssd --rdzv-backend static --node-rank 1"
-    assert " ".join(words[2:-3]) == f"{where} --nproc-per-node 1"
+    assert " ".join(words[2:-3]) == f"{where} 1 --nproc-per-node 1"
     assert tree(here) == []
 
 

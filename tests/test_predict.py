@@ -16,9 +16,9 @@ from base.__main__ import main
 from base.backend import load_backend
 from base.checkpoint import Progress
 from base.config import Config
-from base.index import AnnotationIndex
 from base.tools.detector import coco_categories, open_checkpoint
 from base.weights import from_mlperf, to_mlperf
+from data_sets.index import AnnotationIndex
 from tests.conftest import GOLDEN
 
 

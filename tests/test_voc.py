@@ -11,8 +11,8 @@ from PIL import Image
 from base import checkpoint
 from base.__main__ import main
 from base.errors import UserError
-from base.index import AnnotationIndex
 from data_sets import voc
+from data_sets.index import AnnotationIndex
 from tests.conftest import losses
 
 SIZE = "<size><width>200</width><height>100</height><depth>3</depth></size>"

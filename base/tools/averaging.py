@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from base import distributed
+from base import reach
 from base.backend import load_backend
 from base.backends.reference.all_reduce import COMPRESSED, Average
 from base.contracts import Batch
@@ -72,9 +72,9 @@ def averages(ranks: Ranks) -> dict[int, Callable]:
 def rank_of_link(kind: str, group: str, rounds: int) -> dict[int, float]:
     """One rank of `link`: bytes → seconds."""
     torch.set_num_threads(1)
-    ranks = distributed.join(kind, group, 120)
+    ranks = reach.join(kind, group, 120)
     seconds = together(ranks, averages(ranks), rounds)
-    distributed.leave()
+    reach.leave()
     return seconds
 
 
@@ -87,7 +87,7 @@ def link(kind: str, group: str, ends: int = 2, rounds: int = 15) -> Link:
 def rank_of_check(bucket_mb: tuple[int, ...], rounds: int) -> dict:
     """One rank of `check`: "alone" (a step without other ranks, while theirs run too), each bucket size, each size of `averages` → seconds."""
     torch.set_num_threads(1)
-    ranks, reference = distributed.join("cpu", "gloo", 120), load_backend("reference")
+    ranks, reference = reach.join("cpu", "gloo", 120), load_backend("reference")
     height, width = SMALL["image_size"]
     boxes, labels = truth(IMAGES, 7)
     images = torch.randint(0, 256, (IMAGES, height, width, 3), dtype=torch.uint8)
@@ -102,7 +102,7 @@ def rank_of_check(bucket_mb: tuple[int, ...], rounds: int) -> dict:
         step = reference.step(**parts, **options)
         cases[f"step {name}"] = lambda step=step: step(batch, 1e-6)
     seconds = together(ranks, cases, rounds)
-    distributed.leave()
+    reach.leave()
     return seconds
 
 

@@ -24,7 +24,7 @@ PART = f"""annotation index, made-up COCO file of {IMAGES:,} images, {BOXES:,} b
 
 OPEN = """
 import json, sys, time
-from base.index import AnnotationIndex
+from data_sets.index import AnnotationIndex
 began = time.perf_counter()
 index = AnnotationIndex.open(sys.argv[1])
 seconds = time.perf_counter() - began

@@ -24,8 +24,8 @@ from PIL import Image
 
 from base.backend import load_backend
 from base.contracts import Batch, Detections, Predictions
-from base.index import AnnotationIndex
 from base.tools.bench import Figure
+from data_sets.index import AnnotationIndex
 from data_sets.photographs import make
 
 CLASSES, SIZE, STRIDES = 81, (300, 300), (1, 1, 2, 2, 2, 1)

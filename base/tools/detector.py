@@ -14,8 +14,8 @@ from base.config import Config, validate
 from base.contracts import Step
 from base.distributed import device_for
 from base.errors import UserError
-from base.index import AnnotationIndex
 from data_sets import layout
+from data_sets.index import AnnotationIndex
 
 CHECKPOINT = "a run's folder (its best), a file of its folder checkpoints/, or one of the MLPerf reference"
 

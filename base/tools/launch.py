@@ -7,8 +7,8 @@ process a device.
 import argparse
 import difflib
 import json
-import re
 import shlex
+import sys
 import tempfile
 import time
 import types
@@ -19,8 +19,9 @@ from typing import Any
 from base.backends import DEFAULT_BACKEND, backend_folder, list_backends
 from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate, with_layout
 from base.errors import UserError
-from base.index import AnnotationIndex
+from base.tools import preflight
 from base.tools.supervise import supervise
+from data_sets.index import AnnotationIndex
 from data_sets.layout import LOOKED_FOR
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,9 +55,7 @@ def parser(command: str = "bash run_training.sh") -> argparse.ArgumentParser:
     result.add_argument("--sync_bn", action="store_true", help="batch norm over all ranks: --norm_ranks 0")
     result.add_argument("--list", action="store_true", help="show backends and configurations")
     result.add_argument("--dry_run", action="store_true", help="show what would run, and end")
-    result.add_argument("--node_rank", type=int, default=None, help="which node this is, with more than one")
-    result.add_argument("--rdzv_endpoint", default=None, help="HOST:PORT where the nodes meet")
-    result.add_argument("--rdzv_id", default="ssd", help="name of the meeting, the same on all nodes")
+    preflight.add_flags(result)
     config = result.add_argument_group("configuration", "each flag overrides a key of the configuration file: --batch_size 16, --decay-epochs 8 10")
     meaning = meanings()
     for key, field in Config.model_fields.items():
@@ -120,7 +119,7 @@ def main(arguments: list[str]) -> int:
     else:
         name, resolved = fresh(flags, overrides)
         label = flags.run_name or (
-            flags.rdzv_id if flags.node_rank is not None else time.strftime("%Y-%m-%d_%H%M%S") + f"-{name}-{flags.config or DEFAULT_CONFIG}"
+            flags.rdzv_id if resolved.config.nodes > 1 else time.strftime("%Y-%m-%d_%H%M%S") + f"-{name}-{flags.config or DEFAULT_CONFIG}"
         )
         folder = Path(resolved.config.runs_dir).absolute() / label
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -131,28 +130,44 @@ def main(arguments: list[str]) -> int:
 
 
 def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
-    """Checks one run and trains it."""
+    """Checks one run, on all its nodes, and trains it."""
+    nodes = resolved.config.nodes
+    preflight.check_flags(flags, nodes)
+    try:
+        resolved, backend = check(flags, name, resolved, folder)
+    except UserError as error:
+        if nodes > 1 and not flags.dry_run:
+            print(f"this node cannot start ({error}); telling the others", file=sys.stderr, flush=True)
+            preflight.meet(flags, nodes, {}, str(error))
+        raise
+    if flags.dry_run:
+        from base.records import config_text
+
+        command = shlex.join(torchrun_arguments(flags, resolved, name, folder, 0))
+        print(f"\n{config_text(resolved, name)}\ncommand: torchrun {command}")
+        return 0
+    if nodes > 1:
+        preflight.meet_nodes(flags, name, backend, resolved.config)
+    return supervise(lambda attempt: torchrun_arguments(flags, resolved, name, folder, attempt), resolved.config, folder)
+
+
+def check(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> tuple[Resolved, Any]:
+    """All checks of this machine; draws the demo's data if there is none yet. → the configuration with its data found, and the backend."""
     draws = resolved.config.data_dir == str(DEMO_DATA) and not DEMO_DATA.exists()
     if not draws:
         resolved = found(resolved)
-    command = torchrun_arguments(flags, resolved, name, folder, 0)
-    if not draws:
         check_data(resolved.config)
     backend = check_backend(name, resolved)
     print(components(name, backend, resolved), flush=True)
     if flags.dry_run:
-        from base.records import config_text
-
-        print(f"\n{config_text(resolved, name)}\ncommand: torchrun {shlex.join(command)}")
-        return 0
+        return resolved, backend
     if draws:
         from data_sets.demo_data import main as draw
 
         draw(["--data_dir", str(DEMO_DATA)])
         check_data(resolved.config)
-    if not flags.node_rank:  # its first rank writes
-        check_folder(folder)
-    return supervise(lambda attempt: torchrun_arguments(flags, resolved, name, folder, attempt), resolved.config, folder)
+    check_folder(folder)
+    return resolved, backend
 
 
 def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
@@ -171,12 +186,10 @@ def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folde
         if number > 1:
             config = config.model_copy(update={"checkpoint": str(folder / f"stage-{number - 1}"), "backbone_path": None})
         runs.append((Resolved(config, sources), folder / f"stage-{number}"))
-    if not flags.dry_run and not (folder / "config.yaml").exists():
-        from base.records import config_text
+    if not flags.dry_run:
+        from base.records import keep_config
 
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config_text(resolved, name), encoding="utf-8")
-        (folder / "environment.json").write_text(json.dumps({"backend": name}) + "\n", encoding="utf-8")
+        keep_config(folder, resolved, name)
     for number, (stage, place) in enumerate(runs, 1):
         height, width = stage.config.image_size
         print(f"\nstage {number} of {len(runs)}: {height}×{width}, {stage.config.epochs} epochs", flush=True)
@@ -226,9 +239,10 @@ def resumed(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, 
     stored = read_run(folder / "config.yaml")
     if flags.config or flags.run_name or flags.name not in (None, name):
         raise UserError(f"{folder} keeps its backend ({name}), configuration and name; leave out --name, --config and --run_name")
-    if fixed := [key for key, value in overrides.items() if key not in RESUMABLE]:
+    values = stored.model_dump(mode="json")
+    if fixed := [key for key, value in overrides.items() if key not in RESUMABLE and value != values[key]]:
         raise UserError(f"--{fixed[0]} cannot change when a run is resumed; what can: {', '.join(sorted(RESUMABLE))}")
-    values = {**stored.model_dump(mode="json"), **overrides}
+    values |= overrides
     sources = {**dict.fromkeys(values, f"--resume {folder}"), **{key: f"--{key}" for key in overrides}}
     return name, Resolved(validate(values, sources), sources), folder
 
@@ -323,18 +337,7 @@ def check_folder(folder: Path) -> None:
 
 def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str, folder: Path, attempt: int) -> list[str]:
     """torchrun's own arguments, then the rank's. ``attempt`` above 0: the run is started again by itself."""
-    config, last = resolved.config, resolved.config.nodes - 1
-    if flags.node_rank is not None and not 0 <= flags.node_rank <= last:
-        raise UserError(f"--node_rank {flags.node_rank} is not one of {config.nodes} nodes, which are 0…{last}; --nodes sets how many there are")
-    if config.nodes == 1:
-        where = ["--standalone"]
-    elif not re.fullmatch(r".+:\d+", flags.rdzv_endpoint or ""):
-        given = "is missing" if flags.rdzv_endpoint is None else f"is {flags.rdzv_endpoint!r}"
-        raise UserError(f"{config.nodes} nodes need --rdzv_endpoint HOST:PORT (and --node_rank 0…{last}) on each of them; it {given}")
-    else:
-        kind = ["--rdzv-backend", "c10d"] if flags.node_rank is None else ["--rdzv-backend", "static", "--node-rank", str(flags.node_rank)]
-        meeting = flags.rdzv_id + f"-{attempt}" * bool(attempt)  # nodes meet only those in the same attempt
-        where = ["--nnodes", str(config.nodes), "--rdzv-endpoint", flags.rdzv_endpoint, "--rdzv-id", meeting, *kind]
+    config = resolved.config
     given = {
         "config": config.model_dump(mode="json"),
         "sources": dict(resolved.sources),
@@ -342,7 +345,7 @@ def torchrun_arguments(flags: argparse.Namespace, resolved: Resolved, name: str,
         "folder": str(folder),
         "resume": bool(flags.resume or attempt),
     }
-    return [*where, "--nproc-per-node", str(config.devices), "-m", "base.train", json.dumps(given)]
+    return [*preflight.torchrun_place(flags, config.nodes, attempt), "--nproc-per-node", str(config.devices), "-m", "base.train", json.dumps(given)]
 
 
 def listing() -> str:

@@ -10,7 +10,7 @@ import torch
 
 
 def on_ranks(count: int, work: Callable, *arguments) -> list:
-    """What ``work(*arguments)`` returns on each of ``count`` processes, in whose environment `base.distributed.join` finds the others."""
+    """What ``work(*arguments)`` returns on each of ``count`` processes, in whose environment `base.reach.join` finds the others."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

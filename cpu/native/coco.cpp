@@ -32,7 +32,7 @@ constexpr uint64_t EVERY_THRESHOLD = (1u << THRESHOLDS) - 1;
 enum { ALL_1, ALL_10, ALL_100, SMALL, MEDIUM, LARGE, RECALLS };  // rows of the recalls
 constexpr long IMAGES_A_TASK = 32;
 
-struct Truth {  // as in base.index.AnnotationIndex
+struct Truth {  // as in data_sets.index.AnnotationIndex
     const int64_t* first;
     const double* boxes;  // x, y, width, height in pixels
     const int64_t* labels;

@@ -54,6 +54,7 @@ class AnnotationIndex:
     box_ids: np.ndarray  # int64 (B,) annotation ids
     category_ids: np.ndarray  # int64 (C,), ascending: label = position + 1
     category_names: tuple[str, ...]
+    sha256: str  # of the annotation file
     report: dict  # images, annotations, categories: entries read; dropped, mended: {reason: {"count", "examples"}}
     origin: str  # how this process came by it: "packed", "current", or "refreshed" (same content, new time stamp)
     stored_in: Path
@@ -126,7 +127,7 @@ class AnnotationIndex:
         arrays, head = found
         for array in arrays.values():
             array.flags.writeable = False
-        return cls(file, **arrays, category_names=tuple(head["names"]), report=head["report"], origin=origin, stored_in=place)
+        return cls(file, **arrays, category_names=tuple(head["names"]), sha256=head["sha256"], report=head["report"], origin=origin, stored_in=place)
 
 
 ARRAYS = tuple(field.name for field in fields(AnnotationIndex) if field.type is np.ndarray)
@@ -135,6 +136,12 @@ ARRAYS = tuple(field.name for field in fields(AnnotationIndex) if field.type is 
 def reader(file: Path):
     """The module that reads an annotation file: it has ``stamp_of``, ``digest`` and ``parse``."""
     return voc if file.suffix == ".txt" else coco_json
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _places(file: Path) -> tuple[Path, Path]:
@@ -214,7 +221,7 @@ def _write(target: Path, arrays: dict[str, np.ndarray], head: dict) -> None:
 
 def _pack_in_child(file: Path, target: Path, size: int) -> None:
     paths = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "base.index", str(file), str(target)]
+    command = [sys.executable, "-m", "data_sets.index", str(file), str(target)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True, errors="replace")
     if done.returncode == 2:
         raise UserError(done.stderr.strip())
@@ -223,7 +230,7 @@ def _pack_in_child(file: Path, target: Path, size: int) -> None:
         raise UserError(f"packing {file} ended with status {done.returncode} ({why if done.returncode < 0 else done.stderr.strip()})")
 
 
-if __name__ == "__main__":  # the child that _pack_in_child starts: python -m base.index FILE TARGET
+if __name__ == "__main__":  # the child that _pack_in_child starts: python -m data_sets.index FILE TARGET
     gc.disable()  # millions of live objects and no cycles: collecting costs time and frees nothing
     try:
         _write(Path(sys.argv[2]), *reader(Path(sys.argv[1])).parse(Path(sys.argv[1])))
