@@ -50,7 +50,7 @@ def supervise(command: Callable[[int], list[str]], config: Config, folder: Path)
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    attempt, began = 0, time.monotonic()
+    attempt, began, everywhere = 0, time.monotonic(), " on each node" * (config.nodes > 1)
     try:
         while True:
             code, why = torchrun(command(attempt), config)
@@ -67,7 +67,7 @@ def supervise(command: Callable[[int], list[str]], config: Config, folder: Path)
             if left > 0:
                 text = f"{why}; starting again from the latest checkpoint ({left} restart{'s' * (left > 1)} left){line}{stack}"
             else:
-                text = f"error: {why}; go on with: bash run_training.sh --resume {folder}{line}{stack}"
+                text = f"error: {why}; go on with: bash run_training.sh --resume {folder}{everywhere}{line}{stack}"
             print(text, file=sys.stderr, flush=True)
             note(folder, text)
             if left <= 0:
