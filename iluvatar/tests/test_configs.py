@@ -60,6 +60,6 @@ def test_without_an_sdk_it_says_so(tmp_path):
 
 def test_prepare_and_training_start_from_within_base(tmp_path):
     done = sourced(tmp_path, f"{sys.executable} prepare.py --name iluvatar --data_dir data", SSD_BACKEND_PATH="")
-    assert done.returncode == 2 and f"{ROOT}/base/data/train2017 is missing" in done.stderr, done.stderr
+    assert done.returncode == 2 and f"{ROOT}/base/data does not exist" in done.stderr, done.stderr
     done = sourced(tmp_path, "bash run_training.sh --name iluvatar --list", SSD_PYTHON=sys.executable)
     assert done.returncode == 0 and "recipe2.1.0_V100x1x8" in done.stdout, done.stderr
