@@ -17,8 +17,8 @@ choose_folders
 choose_mounts
 [[ -n ${CONT:-} ]] || fail "CONT is not set: the image that docker build -f $vendor/docker/Dockerfile made"
 
-# --ipc=host: loaders and NCCL share memory, and a container's own /dev/shm has 64 MB
-container=(docker run --rm --init --ipc=host --network=host --ulimit memlock=-1 --ulimit stack=67108864 --env SSD_CACHES_CLEARED "${devices[@]}")
+# --ipc=host: loaders and the devices' collective library share memory, and a container's own /dev/shm has 64 MB
+container=(docker run --rm --init --ipc=host --network=host --ulimit memlock=-1 --ulimit stack=67108864 --env SSD_CACHES_CLEARED --env NEXP "${devices[@]}")
 container+=(--mount "type=bind,source=$LOGDIR,target=$results")
 [[ -z ${DATADIR:-} ]] || container+=(--mount "type=bind,source=$DATADIR,target=$data")
 

@@ -1,6 +1,7 @@
 """How the ranks of a run find each other, prove that they reach each other, and tell who is lost when an exchange fails."""
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from base.distributed import AgreedError, Ranks, device_type
-from base.errors import LostProcess
+from base.errors import LostProcess, UserError
 from base.watchdog import Watchdog, note_error
 
 REACH = 60  # seconds within which all ranks have to come, and then a first all-reduce has to work
@@ -42,15 +43,16 @@ def join(
     limit = timedelta(seconds=timeout - 3 * grace(timeout) if len(set(hosts)) > 1 else timeout + PATIENCE)
     try:
         store = meeting_place(rank, world_size)
+        ranks = Ranks(rank, world_size, device, None, limit, local, hosts, store, watchdog)
+        missing = absent(ranks, "join", REACH)
     except dist.DistError as error:
         raise AgreedError(f"{hosts[rank]} cannot reach {hosts[0]}, where the ranks meet: {first_line(error)}", LostProcess.code) from error
-    ranks = Ranks(rank, world_size, device, None, limit, local, hosts, store, watchdog)
-    if missing := absent(ranks, "join", REACH):
+    if missing:
         raise AgreedError(f"{named(missing, hosts)} did not come within {REACH} s", LostProcess.code)
     everyone = named(range(world_size), hosts)
     advice = "is there a firewall, or does a host take the wrong network interface (for gloo, GLOO_SOCKET_IFNAME names the right one)?"
     failed = f"an all-reduce over {group} did not work within {REACH} s between {everyone}: {advice}"
-    alarm = threading.Timer(REACH, give_up, [failed])  # a library that hangs raises nothing
+    alarm = threading.Timer(REACH, give_up, [LostProcess.code, failed])  # a library that hangs raises nothing
     alarm.daemon = True
     alarm.start()
     try:
@@ -85,10 +87,17 @@ def answer(store: dist.Store, rank: int) -> None:
         store.set(f"lost {rank}", "here")
 
 
-def give_up(message: str) -> None:
+def give_up(code: int, message: str) -> None:
     """Ends a process whose main thread is stuck, at once: what was sent to a lost rank would be waited for. The launcher says why."""
-    note_error(LostProcess.code, message)
-    os._exit(LostProcess.code)
+    note_error(code, message)
+    os._exit(code)
+
+
+def tell(error: UserError, ranks: Ranks) -> None:
+    """Leaves the error that this rank alone ends with, for those that lose it."""
+    if ranks.store is not None:
+        with contextlib.suppress(dist.DistError):  # this machine's launcher says it anyway
+            ranks.store.set("error", json.dumps([error.code, f"{named([ranks.rank], ranks.hosts)}: {error}"]))
 
 
 def absent(ranks: Ranks, roll: str, seconds: float) -> list[int]:
@@ -116,27 +125,35 @@ def grace(timeout: float) -> float:
     return min(5.0, timeout / 8)
 
 
-def lost(error: RuntimeError, ranks: Ranks, timeout: float) -> str | None:
-    """Which ranks of other machines do not answer any more, if it is an exchange between machines that failed, else None."""
+def lost(error: RuntimeError, ranks: Ranks, timeout: float) -> tuple[int, str] | None:
+    """If it is an exchange between machines that failed, else None: → exit code, and which ranks of others do not answer any more."""
     if len(set(ranks.hosts)) < 2 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
         return None
     found: list[list[int]] = []
+    told: list[tuple[int, str]] = []
 
     def call_roll() -> None:
         with contextlib.suppress(dist.DistError):
-            found.append(absent(ranks, "lost", grace(timeout)))
+            if ranks.store.check(["error"]):
+                told.append(tuple(json.loads(ranks.store.get("error"))))
+            else:
+                found.append(absent(ranks, "lost", grace(timeout)))
 
     call = threading.Thread(target=call_roll, daemon=True)  # it hangs if the store's machine is the lost one
     call.start()
     call.join(1.5 * grace(timeout))
+    if told:
+        return told[0]
     if not found:
-        return f"{ranks.hosts[0]} (rank 0), where the ranks met, does not answer any more: {first_line(error)}"
+        return LostProcess.code, f"{ranks.hosts[0]} (rank 0), where the ranks met, does not answer any more: {first_line(error)}"
     if found[0]:
-        return f"no answer from {named(found[0], ranks.hosts)}: {first_line(error)}"
+        if ranks.hosts[ranks.rank] == ranks.hosts[0]:
+            time.sleep(1.5 * grace(timeout))  # the store ends with this machine's launcher, and others may still call the roll
+        return LostProcess.code, f"no answer from {named(found[0], ranks.hosts)}: {first_line(error)}"
     if ranks.watchdog:
         time.sleep(PATIENCE)  # one of them may hang: its watchdog says where, and this rank's ends it meanwhile
     others = [rank for rank, host in enumerate(ranks.hosts) if host != ranks.hosts[ranks.rank]]
-    return f"an exchange with {named(others, ranks.hosts)} failed, although all of them answer: {first_line(error)}"
+    return LostProcess.code, f"an exchange with {named(others, ranks.hosts)} failed, although all of them answer: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """The folder of a run: configuration, environment, metrics as JSON lines, a log and the MLPerf log."""
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -113,21 +112,29 @@ def _lock(file: BinaryIO, folder: Path, patience: float) -> bool:
 
 def write_start(folder: Path, resolved: Resolved, backend: str, suppliers: dict[str, str], device: torch.device) -> None:
     """config.yaml with where each value comes from, and environment.json. Raises UserError if they cannot be written."""
-    facts = {**environment(device), "backend": backend, "components": dict(suppliers)}
-    try:
-        for name, text in (("config.yaml", config_text(resolved, backend)), ("environment.json", json.dumps(facts, indent=2) + "\n")):
-            (folder / f".{name}").write_text(text, encoding="utf-8")
-            os.replace(folder / f".{name}", folder / name)
-    except OSError as error:
-        raise UserError(f"{folder / name} cannot be written ({error.strerror}); choose another folder with --runs_dir") from error
+    _write(folder, "config.yaml", config_text(resolved, backend))
+    _write(folder, "environment.json", _json({**environment(device), "backend": backend, "components": dict(suppliers)}))
 
 
 def keep_config(folder: Path, resolved: Resolved, backend: str) -> None:
-    """The least that --resume needs to know of a run, in a folder that does not have it yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("config.yaml", config_text(resolved, backend)), ("environment.json", json.dumps({"backend": backend}) + "\n")):
-        with contextlib.suppress(FileExistsError), open(folder / name, "x", encoding="utf-8") as file:
-            file.write(text)
+    """The least that --resume needs to know of a run, in a folder that does not have it yet. Raises UserError."""
+    for name, text in (("config.yaml", config_text(resolved, backend)), ("environment.json", _json({"backend": backend}))):
+        if not (folder / name).exists():
+            _write(folder, name, text)
+
+
+def _json(facts: dict) -> str:
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    """A file of a run's folder, whole or not at all."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".{name}").write_text(text, encoding="utf-8")
+        os.replace(folder / f".{name}", folder / name)
+    except OSError as error:
+        raise UserError(f"{folder / name} cannot be written ({error.strerror}); choose another folder with --runs_dir") from error
 
 
 def config_text(resolved: Resolved, backend: str) -> str:

@@ -264,12 +264,15 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         code = error.code
         note_error(code, str(error))
-        if not isinstance(error, AgreedError) or os.environ["LOCAL_RANK"] == "0":
+        if ranks is not None and not isinstance(error, AgreedError):
+            reach.tell(error, ranks)
+        launched = "SSD_NOTES" in os.environ  # it prints what it may start again
+        if (code == UserError.code or not launched) and (not isinstance(error, AgreedError) or os.environ["LOCAL_RANK"] == "0"):
             print(f"error: {error}", file=sys.stderr, flush=True)
     except RuntimeError as error:
         if ranks is None or not (why := reach.lost(error, ranks, config.timeout)):
             raise
-        reach.give_up(why)
+        reach.give_up(*why)
     reach.leave()  # not after any other error: its traceback holds what may still wait for other ranks, such as a captured graph
     return code
 

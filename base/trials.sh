@@ -133,10 +133,10 @@ run_trials() {
             echo "error: trial $trial of $NEXP ended with exit code $code; see $log" >&2
             exit "$code"
         fi
-        events=$(cat "$LOGDIR/$run"/{,stage-*/}mlperf.log 2>/dev/null || true) # stages have a log each
+        events=$(cat "$LOGDIR/$run"/{,stage-?/,stage-??/}mlperf.log 2>/dev/null || true) # stages have a log each
         start=$(time_of run_start <<<"$events") stop=$(tac <<<"$events" | time_of run_stop)
         [[ -n $start && -n $stop ]] || fail "no run_start and run_stop in the mlperf.log of $LOGDIR/$run"
-        [[ $events != *'"key": "run_stop"'*aborted* ]] || echo "trial $trial of $NEXP did not reach its target" | tee -a "$log"
+        [[ $(grep '"key": "run_stop"' <<<"$events" | tail -n 1) != *aborted* ]] || echo "trial $trial of $NEXP did not reach its target" | tee -a "$log"
         echo "$events" >>"$log"
         echo "RESULT,SINGLE_STAGE_DETECTOR,,$(((stop - start + 500) / 1000)),$NAME,$(date -d "@$((start / 1000))" '+%Y-%m-%d %I:%M:%S %p')" |
             tee -a "$log" "$LOGDIR/$run/result.txt"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from base.boxes import BOXES_PER_CELL
 from base.errors import UserError
-from data_sets.index import sha256_of
+from data_sets.coco_json import digest
 
 # MLPerf reference name → this project's, by prefix (golden/mlperf_state_dict.json has all 218 names)
 MLPERF_PREFIXES = (
@@ -52,7 +52,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     state = read_tensors(path)
-    if (named := HASHED_NAME.fullmatch(path.name)) and not (actual := sha256_of(path)).startswith(named[1]):
+    if (named := HASHED_NAME.fullmatch(path.name)) and not (actual := digest(path)).startswith(named[1]):
         raise UserError(
             f"backbone {path} is not the file that its name promises: SHA-256 {actual[:8]}…, not {named[1]}…; download it again"
         )

@@ -138,12 +138,6 @@ def reader(file: Path):
     return voc if file.suffix == ".txt" else coco_json
 
 
-def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _places(file: Path) -> tuple[Path, Path]:
     """Beside the file, and in the user's cache."""
     beside = file.with_name((file.stem if file.suffix == ".json" else file.name) + ".index.npz")

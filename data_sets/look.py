@@ -23,7 +23,7 @@ from data_sets.index import AnnotationIndex
 from data_sets.look_page import MOST_SAMPLES, data_page
 from data_sets.pack import faults, parts_of
 from data_sets.survey import CHECKED, REFUSED, Part, class_table, ends, facts_table, fit_table, look
-from pages.html import shown
+from pages.text import shown
 
 CLASSES_SHOWN = 24  # half of them the commonest, half the rarest
 

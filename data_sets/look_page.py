@@ -9,7 +9,8 @@ from base.backends.reference.images import BadImage, read_rgb
 from data_sets.coco_json import EXAMPLES
 from data_sets.coverage import BY_FORCE
 from data_sets.survey import Part, class_table, ends, facts_table, fit_table
-from pages.html import bar_chart, escape, folded, jpeg, page, shown, table
+from pages.html import bar_chart, escape, folded, jpeg, page, table
+from pages.text import shown
 
 MOST_SAMPLES = 200
 PICTURE_SIDE = 400  # pixels of a sample's longer side

@@ -10,6 +10,7 @@ import numpy as np
 
 from data_sets import layout
 from data_sets.index import AnnotationIndex
+from pages.text import shown
 
 
 def describe(index: AnnotationIndex, seconds: float) -> str:
@@ -31,7 +32,7 @@ def faults(index: AnnotationIndex) -> list[str]:
         rows = index.report[kind]
         lines.append(f"  {kind:8} {sum(row['count'] for row in rows.values()):,}")
         for reason, row in sorted(rows.items()):
-            lines += [f"    {row['count']:,} × {reason}", *(f"      {example}" for example in row["examples"])]
+            lines += [f"    {row['count']:,} × {reason}", *(f"      {shown(example)}" for example in row["examples"])]
     return lines
 
 

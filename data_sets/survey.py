@@ -16,7 +16,7 @@ from base.boxes import DefaultBoxes
 from data_sets.coco_json import ltrb_of
 from data_sets.coverage import CHUNK, Group, best_overlaps, by_area, by_ratio, by_size, fits, groups
 from data_sets.index import AnnotationIndex
-from pages.html import shown
+from pages.text import shown
 
 CHECKED = 200  # image files of a part that are read if not all are
 REFUSED = ("missing", "unreadable", "another aspect ratio than recorded")  # by training; the boxes fit what has only another size

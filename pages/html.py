@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from pages.text import shown
+
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c2330; --soft: #566070; --line: #d5dae2; --a: #1f6fb2; --b: #c9641a; }
 @media (prefers-color-scheme: dark) {
@@ -50,12 +52,6 @@ figcaption { padding-top: .35rem; line-height: 1.35; }
 .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a browser then loads and runs nothing, whatever slips through
-
-
-def shown(text: object, most: int | None = None) -> str:
-    """Text of unknown origin for people's eyes: on one line, without control characters, at most so many characters."""
-    clean = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    return clean if most is None or len(clean) <= most else clean[: most - 1] + "…"
 
 
 def escape(text: object) -> str:

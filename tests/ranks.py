@@ -126,4 +126,4 @@ def lose_the_last(rank: int, world_size: int, port: int, folder: str) -> None:
                 os._exit(0)
             here.sums([1.0])
     except RuntimeError as error:
-        Path(folder, f"{rank}.txt").write_text(str(reach.lost(error, here, 40)))
+        Path(folder, f"{rank}.txt").write_text(reach.lost(error, here, 40)[1])

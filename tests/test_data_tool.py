@@ -20,7 +20,8 @@ from data_sets.coverage import best_overlaps, by_area, by_ratio, by_size, fits
 from data_sets.index import AnnotationIndex
 from data_sets.look_page import data_page
 from data_sets.survey import class_table, facts, look
-from pages.html import bar_chart, jpeg, page, shown, table
+from pages.html import bar_chart, jpeg, page, table
+from pages.text import shown
 
 NAME = '<script>alert("1")</script> & [red]'
 

@@ -79,6 +79,7 @@ def stack(*functions: str) -> str:
     [
         ({0: stack("distributed:sums", "train:exchange"), 1: stack("train:next_batch")}, [(0, 1, 5)], 1, "rank 1 .*next batch.*rank 0"),
         ({0: stack("x:all_reduce", "train:train_epoch"), 1: stack("train:train_epoch")}, [(0, 1, 5)], 1, "rank 1 .*while in a training step.*rank 0"),
+        ({0: stack("reach:lost", "train:main"), 1: stack("train:next_batch")}, [(0, 1, 5)], 1, "rank 1 .*next batch.*rank 0"),
         ({0: stack("distributed:gathered")}, [(0, 1, 5), (1, -9, 35)], 1, "rank 0 .*waiting for the other ranks; rank 1 did not answer"),
         ({}, [(0, 1, 5), (1, -9, 5)], 137, "rank 1 .*signal 9"),
         ({}, [(0, -15, 5), (1, -9, 5)], 137, "rank 1 .*signal 9"),

@@ -131,7 +131,8 @@ def test_strangers_and_nodes_started_anew_do_no_harm(met):
     port, done = free_port(), {}
     first = threading.Thread(target=lambda: done.update(met({"a": (0, {})}, 3, port=port)))
     first.start()
-    for said in (b"GET / HTTP/1.0\n", b"[]\n", b'{"host": "b", "number": 1, "failure": "", "facts": {"old": "x"}, "seconds": 20}\n'):
+    wrong = b'{"seconds": 9}\n', b'{"host": "x", "number": 1, "failure": "", "facts": {}, "seconds": -9}\n'
+    for said in (b"GET / HTTP/1.0\n", b"[]\n", *wrong, b'{"host": "b", "number": 1, "failure": "", "facts": {"old": "x"}, "seconds": 20}\n'):
         with contextlib.closing(connected(port)) as stranger:
             stranger.sendall(said)
     assert met({"b": (1, {}), "c": (2, {})}, 3, port=port)["b"].hosts == ["a", "b", "c"]

@@ -11,9 +11,9 @@ from base.__main__ import main as tool
 from base.config import Config
 from base.errors import UserError
 from base.schedule import evaluates_after
-from base.tools import averaging
-from base.tools.scale import evaluations, main, measured, published
-from base.tools.scaling import CONVERGENCE, Link, Network, Work, epochs_to_target, fitted
+from planning import averaging
+from planning.scale import evaluations, main, measured, published
+from planning.scaling import CONVERGENCE, Link, Network, Work, epochs_to_target, fitted
 from tests.conftest import start_training
 
 SSD300 = {"num_classes": 81, "image_size": (300, 300), "strides": (1, 1, 2, 2, 2, 1), "backbone": "resnet34"}
@@ -142,7 +142,7 @@ def test_a_fixed_global_batch_and_limits(run, capsys, tmp_path):
     ("flags", "said"),
     [
         (["--latency", "5"], "a link is --latency and --bandwidth together"),
-        (["--latency", "5", "--bandwidth", "9", "--devices_per_node", "8"], "more than 8 devices are several nodes"),
+        (["--latency", "5", "--bandwidth", "9", "--devices_per_node", "8"], "several nodes are --devices_per_node, --node_latency and"),
         (["--latency", "5", "--bandwidth", "9", "--global_batch", "6", "--devices", "4", "8"], "cannot be shared out over any of --devices 4 8"),
         (["--latency", "5", "--bandwidth", "9", "--norm_ranks", "3", "--devices", "4"], "norm_ranks 3 must divide the 4 ranks"),
     ],

@@ -178,10 +178,12 @@ def test_what_pyxis_is_given(tmp_path, demo_data):
 
 DOCKER = """printf '%s\\n' docker "$@" >>"$RECORD"
 while [[ $1 != "$CONT" ]]; do
+    [[ $1 != --env ]] || given+=" $2 "
     [[ $1 != type=bind,* ]] || { source=${1#*source=} && mounts+=("${1##*target=}=${source%,target=*}"); }
     shift
 done
 shift
+[[ $given == *" NEXP "* ]] || unset NEXP
 for mount in "${mounts[@]}"; do set -- "${@/#${mount%%=*}/${mount#*=}}"; done
 SSD_PYTHON=$IMAGE exec bash "$ROOT/run_training.sh" "$@" # the image's entry point
 """

@@ -13,6 +13,7 @@ import tempfile
 import time
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +123,15 @@ def main(arguments: list[str]) -> int:
             flags.rdzv_id if resolved.config.nodes > 1 else time.strftime("%Y-%m-%d_%H%M%S") + f"-{name}-{flags.config or DEFAULT_CONFIG}"
         )
         folder = Path(resolved.config.runs_dir).absolute() / label
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"run folder {folder} exists already; go on with it by --resume {folder}, or choose another --run_name")
     if resolved.config.stages:
+        if not flags.resume:
+            check_new(folder)
         return train_stages(flags, name, resolved, folder)
     return start(flags, name, resolved, folder)
 
 
-def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
-    """Checks one run, on all its nodes, and trains it."""
+def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path, begin: Callable[[], None] = lambda: None) -> int:
+    """Checks one run, on all its nodes, calls ``begin`` and trains it."""
     nodes = resolved.config.nodes
     preflight.check_flags(flags, nodes)
     try:
@@ -148,11 +149,14 @@ def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path
         return 0
     if nodes > 1:
         preflight.meet_nodes(flags, name, backend, resolved.config)
+    begin()
     return supervise(lambda attempt: torchrun_arguments(flags, resolved, name, folder, attempt), resolved.config, folder)
 
 
 def check(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> tuple[Resolved, Any]:
     """All checks of this machine; draws the demo's data if there is none yet. → the configuration with its data found, and the backend."""
+    if not flags.resume:
+        check_new(folder)
     draws = resolved.config.data_dir == str(DEMO_DATA) and not DEMO_DATA.exists()
     if not draws:
         resolved = found(resolved)
@@ -186,10 +190,12 @@ def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folde
         if number > 1:
             config = config.model_copy(update={"checkpoint": str(folder / f"stage-{number - 1}"), "backbone_path": None})
         runs.append((Resolved(config, sources), folder / f"stage-{number}"))
-    if not flags.dry_run:
+
+    def begin() -> None:
         from base.records import keep_config
 
         keep_config(folder, resolved, name)
+
     for number, (stage, place) in enumerate(runs, 1):
         height, width = stage.config.image_size
         print(f"\nstage {number} of {len(runs)}: {height}×{width}, {stage.config.epochs} epochs", flush=True)
@@ -199,7 +205,7 @@ def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folde
             print(f"{place} is done", flush=True)
             continue
         flags.resume = str(place) if place.exists() else None
-        if code := start(flags, name, stage, place):
+        if code := start(flags, name, stage, place, begin):
             return code
     return 0
 
@@ -323,6 +329,12 @@ def components(name: str, backend, resolved: Resolved) -> str:
         f"backend {name} on {config.nodes} × {config.devices} {kind}; {config.backbone} at {height}×{width}, global batch {config.global_batch}\n"
         f"component     supplied by\n{rows}"
     )
+
+
+def check_new(folder: Path) -> None:
+    """Raises UserError if something lies where a new run's folder is to be."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"run folder {folder} exists already; go on with it by --resume {folder}, or choose another --run_name")
 
 
 def check_folder(folder: Path) -> None:

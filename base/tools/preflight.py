@@ -24,7 +24,8 @@ from typing import Any
 from base.backends import backend_folder
 from base.config import Config
 from base.errors import UserError
-from data_sets.index import AnnotationIndex, sha256_of
+from data_sets.coco_json import digest
+from data_sets.index import AnnotationIndex
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = {".py", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh"}
@@ -76,7 +77,8 @@ def meet_nodes(flags: argparse.Namespace, name: str, backend: Any, config: Confi
     met = meet(flags, config.nodes, facts(config, name, backend, bool(flags.resume), flags.rdzv_id))
     hosts = ", ".join(f"{host} (node {number})" for number, host in enumerate(met.hosts))
     print(f"{hosts}: the same code, configuration, torch and data; this is node {met.number}", flush=True)
-    flags.node_rank, os.environ["SSD_HOSTS"] = met.number, " ".join(met.hosts)
+    alone = [host if met.hosts.count(host) == 1 else f"{host}#{number}" for number, host in enumerate(met.hosts)]
+    flags.node_rank, os.environ["SSD_HOSTS"] = met.number, " ".join(alone)
     if met.interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", met.interface)  # else Gloo takes that of the host's name, often the loopback
 
@@ -96,7 +98,7 @@ def facts(config: Config, name: str, backend: Any, resume: bool, run: str) -> di
         found[f"SHA-256 of {getattr(config, key)}"] = AnnotationIndex.open(config.path(key)).sha256[:DIGITS]
     for key in ("backbone_path", "checkpoint"):
         if path := getattr(config, key):
-            found[f"SHA-256 of --{key}"] = sha256_of(found_in(path))[:DIGITS]
+            found[f"SHA-256 of --{key}"] = digest(found_in(path))[:DIGITS]
     return found | code({name, "reference", *backend.suppliers.values()})
 
 
@@ -106,7 +108,7 @@ def code(backends: Iterable[str]) -> dict[str, str]:
     for folder in (ROOT / "base", ROOT / "data_sets", *(backend_folder(name) for name in sorted(backends))):
         for path in sorted(folder.rglob("*")):
             if path.suffix in CODE and "tests" not in path.relative_to(folder).parts:
-                found[f"file {path.relative_to(folder.parent)}"] = sha256_of(path)[:DIGITS]
+                found[f"file {path.relative_to(folder.parent)}"] = digest(path)[:DIGITS]
     return found
 
 
@@ -160,7 +162,7 @@ def _receive(listener: socket.socket, nodes: int, seconds: int, expected: list[s
             try:
                 connection, _ = listener.accept()
                 connection.settimeout(5)
-                report = json.loads(connection.makefile("rb").readline(LINE))
+                report = checked(json.loads(connection.makefile("rb").readline(LINE)))
                 deadline = min(deadline, time.monotonic() + report["seconds"])
                 arrived = [pair for pair in arrived if _still_there(pair[1])]  # a node that was started anew comes twice
                 arrived.append((report, connection))
@@ -177,6 +179,16 @@ def _receive(listener: socket.socket, nodes: int, seconds: int, expected: list[s
     for _, connection in arrived:
         with connection, contextlib.suppress(OSError):
             connection.recv(1)  # the other side closes first, so that the port is free at once
+
+
+def checked(report: Any) -> dict:
+    """A node's report, as it may be of a stranger. Raises ValueError, TypeError or LookupError if it is none."""
+    kinds = {"host": str, "number": int | None, "failure": str, "facts": dict, "seconds": int | float}
+    if not all(isinstance(report[key], kind) for key, kind in kinds.items()) or not 0 <= report["seconds"] < 86_400:
+        raise ValueError("not a report")
+    if not all(isinstance(text, str) for fact in report["facts"].items() for text in fact):
+        raise ValueError("not a report")
+    return {**report, **{key: "".join(c if c.isprintable() else "?" for c in report[key]) for key in ("host", "failure")}}
 
 
 def _still_there(connection: socket.socket) -> bool:

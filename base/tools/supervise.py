@@ -22,7 +22,7 @@ from base.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 STOPPED = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
 UNMET = 76  # exit code if nodes do not find each other
-MEETING = 600  # seconds that nodes try to meet again
+MEETING = 600  # seconds that nodes try to meet again, beyond those that one of them may need to notice
 WAITING = "waiting for the other ranks"
 # Function of base/ → what a rank was doing whose stack has it innermost
 PHASES = {
@@ -30,6 +30,7 @@ PHASES = {
     "sums": WAITING,
     "gathered": WAITING,
     "_broadcast": WAITING,
+    "lost": WAITING,
     "join": "meeting the other ranks",
     "set_up": "building the run's components",
     "latest": "reading a checkpoint",
@@ -53,8 +54,9 @@ def supervise(command: Callable[[int], list[str]], config: Config, folder: Path)
     attempt, began, everywhere = 0, time.monotonic(), " on each node" * (config.nodes > 1)
     try:
         while True:
+            gc.collect()  # the store of the attempt before, whose port this one needs
             code, why = torchrun(command(attempt), config)
-            if code == UNMET and attempt and time.monotonic() < began + MEETING:
+            if code == UNMET and attempt and time.monotonic() < began + config.timeout + MEETING:
                 time.sleep(1)  # another node may still be in the attempt before: no restart is used up, all nodes count alike
                 continue
             if code in (0, *STOPPED):
@@ -62,7 +64,7 @@ def supervise(command: Callable[[int], list[str]], config: Config, folder: Path)
             if code == UserError.code:
                 note(folder, f"error: {why}")  # its rank has printed it
                 return code
-            left = config.max_restarts - attempt
+            left = 0 if code == UNMET else config.max_restarts - attempt
             why, line, stack = why.partition("\n")
             if left > 0:
                 text = f"{why}; starting again from the latest checkpoint ({left} restart{'s' * (left > 1)} left){line}{stack}"
@@ -73,7 +75,6 @@ def supervise(command: Callable[[int], list[str]], config: Config, folder: Path)
             if left <= 0:
                 return code
             attempt, began = attempt + 1, time.monotonic()
-            gc.collect()  # the store of the attempt before, whose port the next one needs
     except SignalException as asked:  # torchrun's handlers stay, so also between two attempts
         return 128 + asked.sigval
 

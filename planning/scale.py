@@ -18,9 +18,9 @@ from base.config import Config, read_run, validate
 from base.distributed import device_type, devices_here
 from base.errors import UserError
 from base.schedule import evaluates_after
-from base.tools import averaging
 from base.tools.launch import spelled
-from base.tools.scaling import Link, Network, Work, epochs_to_target
+from planning import averaging
+from planning.scaling import Link, Network, Work, epochs_to_target
 
 DEVICES = tuple(1 << power for power in range(11))  # 1 … 1024
 COCO = 117_266  # training images with boxes: those of the published results
@@ -56,6 +56,7 @@ def measured(run: Path) -> Measured:
     for a, b in zip(lines, lines[1:], strict=False):  # stretches without evaluation, checkpoint or change of epoch
         if a["kind"] == b["kind"] == "train" and a["epoch"] == b["epoch"] and a["step"] // every == b["step"] // every:
             spans.append((b["time"] - a["time"]) / (b["step"] - a["step"]))
+    spans = [span for span in spans if span > 0]  # records have the wall clock, which may have been set back
     if not spans:
         raise UserError(f"{run / 'metrics.jsonl'} has no two records of one epoch; train for more steps, or with a smaller --log_every")
     waits = [line["data_seconds"] for line in lines if line["kind"] == "train"]
@@ -135,7 +136,7 @@ def table(rows: list[dict], points: list[dict]) -> str:
 
 
 def check_table(rows: list[dict]) -> str:
-    """The rows of `base.tools.averaging.check`."""
+    """The rows of `planning.averaging.check`."""
     lines = [f"{'processes':>9}  {'buckets':>7}  {'link':>22}  {'alone, ms':>9}  {'predicted, ms':>13}  {'measured, ms':>12}  predicted / measured"]
     for row in rows:
         link = f"{row['latency'] * 1e6:.0f} µs, {row['bandwidth'] / 1e9:.2f} GB/s" if row["bandwidth"] else "none"
@@ -150,12 +151,11 @@ def network_of(flags: argparse.Namespace, run: Measured) -> tuple[Network, str]:
     given = [flags.latency, flags.bandwidth]
     if None in given and any(value is not None for value in given):
         raise UserError("a link is --latency and --bandwidth together; leave out both to measure it on this machine")
-    between = None
+    between, nodes = None, [flags.devices_per_node, flags.node_latency, flags.node_bandwidth]
+    if None in nodes and any(value is not None for value in nodes):
+        raise UserError("several nodes are --devices_per_node, --node_latency and --node_bandwidth together")
     if flags.devices_per_node:
-        if None in (flags.node_latency, flags.node_bandwidth) and max(flags.devices) > flags.devices_per_node:
-            raise UserError(f"more than {flags.devices_per_node} devices are several nodes: pass --node_latency and --node_bandwidth too")
-        if flags.node_bandwidth:
-            between = Link(flags.node_latency * 1e-6, flags.node_bandwidth * 1e9)
+        between = Link(flags.node_latency * 1e-6, flags.node_bandwidth * 1e9)
     if flags.latency is not None:
         return Network(Link(flags.latency * 1e-6, flags.bandwidth * 1e9), flags.devices_per_node, between), "as given"
     kind = device_type(run.device)
@@ -227,8 +227,9 @@ def plan(flags: argparse.Namespace) -> int:
     keys = ("gradient_bucket_mb", "gradient_compression", "norm_ranks")
     changed = {key: getattr(flags, key) for key in keys if getattr(flags, key) is not None}
     config = run.config.model_copy(update=changed)
-    if config.norm_ranks > 1:
-        validate({"devices": max(flags.devices), "norm_ranks": config.norm_ranks}, {"norm_ranks": "--norm_ranks"})
+    for count in flags.devices if config.norm_ranks > 1 else ():
+        if count > 1:
+            validate({"devices": count, "norm_ranks": config.norm_ranks}, {"norm_ranks": "--norm_ranks", "devices": "--devices"})
     network, source = network_of(flags, run)
     detector = {"num_classes": run.classes, "image_size": config.image_size, "strides": config.strides, "backbone": config.backbone}
     sent = (config.gradient_bucket_mb, config.gradient_compression)
