@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from base.config import Config
-from base.errors import UserError
 from submission.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,19 +19,25 @@ WEIGHTS = ("backbone_path", "checkpoint")  # files of the machine that it ran on
 def write_code(commit: str, folder: Path) -> str:
     """The project's files as of ``commit``, or a note on what to put there; → what was done, for people."""
     folder.mkdir(parents=True)
-    exact = commit != "unknown" and not commit.endswith("+changes")
-    if exact:
-        # repo_checker of later rulesets refuses names that begin with a dot
-        done = subprocess.run(["git", "archive", commit, "--", ".", ":(exclude,glob)**/.*"], cwd=ROOT, capture_output=True)
-        if done.returncode == 0:
-            unpacked = subprocess.run(["tar", "-x", "-C", str(folder)], input=done.stdout, capture_output=True)
-            if unpacked.returncode:
-                raise UserError(f"the code of {commit} cannot be written to {folder}: {unpacked.stderr.decode(errors='replace').strip()}")
-            return f"the code is that of commit {commit}"
-    why = "this checkout does not have that commit" if exact else "that is no commit, so it cannot be fetched from git"
+    why = "that is no commit, so it cannot be fetched from git"
+    if commit != "unknown" and not commit.endswith("+changes"):
+        if archive := _archive(commit):
+            subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
+            return f"The code is that of commit {commit}."
+        why = "this project's folder does not have that commit"
     note = f"The runs were made with the code of commit {commit}. It is not here: {why}. Put it here before submitting.\n"
     (folder / "README.md").write_text(note, encoding="utf-8")
-    return f"the code of commit {commit} is not included: {why}; put it into {folder.parts[-2]}/{folder.name} before submitting"
+    return f"The code of commit {commit} is not included: {why}. Put it into {folder.parts[-2]}/{folder.name} before submitting."
+
+
+def _archive(commit: str) -> bytes | None:
+    """The project's files as of a commit, as tar; without names that begin with a dot, which MLPerf's repo_checker refuses."""
+    try:
+        command = ["git", "archive", "--format=tar", commit, "--", ".", ":(exclude,glob)**/.*", ":(exclude,glob)**/.*/**"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    except FileNotFoundError:  # no git
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def flags(config: Config) -> list[str]:

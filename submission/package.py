@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     check_name("--implementation", code)
     if code == flags.system:
         raise UserError(f"--implementation {code} and --system {code} would be one folder; name one of them otherwise")
-    notes += [f"cache_clear is false in {run.folder}: MLPerf wants all caches cleared before a run" for run in runs if not run.cache_cleared]
+    notes += [f"cache_clear is false in {run.folder}: MLPerf wants all caches cleared before a run." for run in runs if not run.cache_cleared]
     result = score(runs)
     print("\n".join(result_lines(runs, result)), flush=True)
     try:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
                 return 1
             print(place(org, flags.out / flags.org))
     except OSError as error:
-        raise UserError(f"{flags.out} cannot be written ({error.strerror}); choose another --out") from error
+        raise UserError(f"{error.filename or flags.out} cannot be written ({error.strerror}); choose another --out") from error
     return 0
 
 
@@ -93,10 +93,10 @@ def build(org: Path, runs: Sequence[Run], description: dict[str, str], system: s
         text, changed = with_identity(run.log, identity)
         changes |= changed
         (results / f"result_{place}.txt").write_text(text, encoding="utf-8")
-    notes = [f"changed in the copies of mlperf.log: {key} {old!r} → {identity[key]!r}" for key, old in changes.items()]
+    notes = [f"Changed in the copies of mlperf.log: {key} {old!r} → {identity[key]!r}." for key, old in changes.items()]
     implementations = org / "benchmarks" / "ssd" / "implementations"
     notes.append(write_code(runs[0].facts["commit"], implementations / code))
-    about = ["\n".join(["```", *result_lines(runs, result, folders=False), "```"]), *notes]
+    about = ["\n".join(["```", *result_lines(runs, result, folders=False), "```"]), "\n".join(f"- {note}" for note in notes)]
     if len(runs) < RUNS:
         unofficial = f"Unofficial: {len(runs)} of the {RUNS} runs that MLPerf wants of ssd."
         (org / "UNOFFICIAL.txt").write_text(unofficial + "\n", encoding="utf-8")
