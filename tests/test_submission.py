@@ -15,6 +15,8 @@ from base.config import read_run
 from base.records import commit
 from submission.implementation import write_code
 from submission.package import with_identity
+from submission.runs import read
+from submission.system import told
 from tests.conftest import ROOT, start_training
 
 HARDWARE = {
@@ -46,8 +48,10 @@ def derived(pattern, tmp_path):
         (run / "config.yaml").write_text(yaml.safe_dump(config))
         lines = [json.loads(line.partition(" ")[2]) for line in (run / "mlperf.log").read_text().splitlines()]
         start = next(line["time_ms"] for line in lines if line["key"] == "run_start")
+        own = {"seed": seed, "global_batch_size": batch, "eval_accuracy": ap, "cache_clear": True}
+        own["opt_learning_rate_decay_boundary_epochs"] = config["decay_epochs"]
         for line in lines:
-            line["value"] = {"seed": seed, "global_batch_size": batch, "eval_accuracy": ap, "cache_clear": True}.get(line["key"], line["value"])
+            line["value"] = own.get(line["key"], line["value"])
             if line["key"].startswith("eval"):
                 line["metadata"]["epoch_num"] = epoch
             if line["key"] == "run_stop":
@@ -153,10 +157,12 @@ def test_a_run_without_the_target_is_the_slowest(derived, submit):
             {"ap": 0.1},
             ["compliance_checker: FAILED", "result_0.txt: Failed checks for eval_accuracy", "fix: train on COCO 2017", "5 files do not comply"],
         ),
+        ({"decay_epochs": [12, 16]}, ["result_4.txt: CHECK for 'opt_learning_rate_decay_boundary_epochs' failed", "50 and a multiple of 5"]),
+        ({"decay_epochs": [40]}, ["Failed executing CHECK code: is_integer(10 * (v['value'][1]", "50 and a multiple of 5"]),
         ({"epoch": 45}, ["rcp_checker: FAILED", "global batch 1024, references at 1024, 2048, 4096: RCP found", "package_checker: FAILED"]),
         ({"batch": 8192, "epoch": 90}, ["rcp_checker: FAILED", "Missing RCP, please submit RCP with BS = 8192"]),
     ],
-    ids=["target", "convergence", "batch"],
+    ids=["target", "decays", "one decay", "convergence", "batch"],
 )
 def test_what_a_checker_refuses_is_not_written(five, submit, tmp_path, keys, said):
     code, printed = submit(five(**keys))
@@ -227,6 +233,11 @@ def test_the_description_is_merged_and_complete(derived, submit, tmp_path):
     code, said = submit([run], "--incomplete", "--system-description", str(tmp_path / "more.yaml"))
     assert code == 0 and "host_processor_model_name: 'Real Name' from" in said
     assert values(tmp_path / "out/acme/results/box1/ssd/result_0.txt", "submission_platform") == ["Box One"]
+    facts = {**json.loads((run / "environment.json").read_text()), "device": "cuda", "accelerator": {"name": "X100", "count": 8}}
+    (run / "environment.json").write_text(json.dumps(facts))
+    code, said = submit([run], "--incomplete")
+    assert code == 2 and "lacks accelerator_host_interconnect, accelerator_frequency, accelerator_on-chip_memories" in said
+    assert "accelerator_model_name" not in said and told(read(run))["accelerators_per_node"] == "1"
     for text, wrong in (
         ("division: open", "division is 'open', and by its flag 'closed'"),
         ("cooling: [1]", "cooling is [1]"),
