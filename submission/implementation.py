@@ -1,6 +1,7 @@
 """What a results folder holds beside the results: the code that ran, and how to set up and repeat a run."""
 
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from base.config import Config
+from base.errors import UserError
 from submission.runs import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,9 +22,11 @@ def write_code(commit: str, folder: Path) -> str:
     """The project's files as of ``commit``, or a note on what to put there; → what was done, for people."""
     folder.mkdir(parents=True)
     why = "that is no commit, so it cannot be fetched from git"
-    if commit != "unknown" and not commit.endswith("+changes"):
+    if re.fullmatch("[0-9a-f]{40,64}", commit):
         if archive := _archive(commit):
-            subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
+            done = subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, capture_output=True)
+            if done.returncode:
+                raise UserError(f"the code cannot be written to {folder}: {done.stderr.decode(errors='replace').strip()}; choose another --out")
             return f"The code is that of commit {commit}."
         why = "this project's folder does not have that commit"
     note = f"The runs were made with the code of commit {commit}. It is not here: {why}. Put it here before submitting.\n"
@@ -47,7 +51,7 @@ def flags(config: Config) -> list[str]:
         if key in OF_A_RUN:
             words = OF_A_RUN[key]
         elif key in WEIGHTS and value is not None:
-            words = f'"${{{key.upper()}:?the file {Path(value).name}}}"'
+            words = f'"${{{key.upper()}:?the file that the JSON beside this script names}}"'
         elif key != "stages":  # a run in stages has no log of its own, so there are none here
             words = _words(value)
         else:
@@ -69,9 +73,10 @@ def write_instructions(folder: Path, code: str, system: str, runs: Sequence[Run]
     folder.mkdir(parents=True)
     facts, config = runs[0].facts, runs[0].config
     backend = facts["backend"]
-    setup = f'exec python3 "$project/prepare.py" --name {backend} "$@"\n'
-    data = f'exec python3 "$project/prepare.py" --name {backend} --data_dir {OF_A_RUN["data_dir"]} --download "$@"\n'
-    train = " \\\n    ".join([f'exec bash "$project/run_training.sh" --name {backend}', *flags(config), '"$@"']) + "\n"
+    named = f"--name {shlex.quote(backend)}"
+    setup = f'exec python3 "$project/prepare.py" {named} "$@"\n'
+    data = f'exec python3 "$project/prepare.py" {named} --data_dir {OF_A_RUN["data_dir"]} --download "$@"\n'
+    train = " \\\n    ".join([f'exec bash "$project/run_training.sh" {named}', *flags(config), '"$@"']) + "\n"
     scripts = {
         "setup.sh": ("Installs and builds what the backend needs.", setup),
         "init_datasets.sh": ("Fetches COCO 2017 and the backbone's weights into $DATADIR, and packs the annotations.", data),

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
             if any(verdict.passed is False for verdict in verdicts):
                 print(f"error: a checker failed; nothing is written to {flags.out / flags.org}", file=sys.stderr)
                 return 1
-            print(place(org, flags.out / flags.org))
+            print(put(org, flags.out / flags.org))
     except OSError as error:
         raise UserError(f"{error.filename or flags.out} cannot be written ({error.strerror}); choose another --out") from error
     return 0
@@ -92,7 +92,7 @@ def build(org: Path, runs: Sequence[Run], description: dict[str, str], system: s
     for place, run in enumerate(runs):
         text, changed = with_identity(run.log, identity)
         changes |= changed
-        (results / f"result_{place}.txt").write_text(text, encoding="utf-8")
+        (results / f"result_{place}.txt").write_bytes(text.encode())
     notes = [f"Changed in the copies of mlperf.log: {key} {old!r} → {identity[key]!r}." for key, old in changes.items()]
     implementations = org / "benchmarks" / "ssd" / "implementations"
     notes.append(write_code(runs[0].facts["commit"], implementations / code))
@@ -152,7 +152,7 @@ def verdict_lines(verdicts: Sequence[checks.Verdict], notes: Sequence[str]) -> l
     return [*lines, *(f"note: {note}" for note in notes)]
 
 
-def place(made: Path, target: Path) -> str:
+def put(made: Path, target: Path) -> str:
     """Puts the finished folder in its place in one move; → a line about it. Raises UserError if another one is there."""
     if target.is_dir() and any(target.iterdir()):
         if same_files(made, target):

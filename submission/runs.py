@@ -44,7 +44,7 @@ def read(folder: Path) -> Run:
     path = folder / "mlperf.log"
     try:
         facts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        log = path.read_text(encoding="utf-8")
+        log = path.read_bytes().decode()  # line ends as they are
         events, unread = parse_file(str(path), ruleset=RULESET)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: environment.json or mlperf.log cannot be read ({error!r}); take the files as the run left them") from error

@@ -1,6 +1,7 @@
 """`python -m base submission`: folders from a real run's log and others derived from it, held to MLPerf's own checkers."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -260,6 +261,18 @@ def test_the_code_is_that_of_the_commit(tmp_path):
     if head != "unknown":
         assert write_code(head, tmp_path / "a") == f"The code is that of commit {head}."
         assert (tmp_path / "a/base/train.py").is_file() and not list((tmp_path / "a").rglob(".*"))
-    for name, why in (("0" * 40, "does not have that commit"), (f"{head}+changes", "that is no commit"), ("unknown", "that is no commit")):
+    for name, why in (("0" * 40, "does not have that commit"), (f"{head}+changes", "that is no commit"), ("--remote=x", "that is no commit")):
         assert why in write_code(name, tmp_path / name)
         assert [path.name for path in (tmp_path / name).iterdir()] == ["README.md"]
+
+
+def test_a_path_in_the_configuration_is_not_executed(derived, submit, tmp_path):
+    code, said = submit([derived("run", 1, backbone_path="/x/$(touch hit)`touch hit`.pth", train_images="a;touch hit")], "--incomplete")
+    assert code == 0, said
+    script = tmp_path / "out/acme/benchmarks/ssd/implementations/box1/run_and_time.sh"
+    (tmp_path / "run_training.sh").write_text('printf "%s\\n" "$@"')
+    env = {"PATH": os.environ["PATH"], "PROJECT": str(tmp_path), "DATADIR": "d", "SEED": "3", "BACKBONE_PATH": "weights"}
+    done = subprocess.run(["bash", str(script)], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and not (tmp_path / "hit").exists()
+    words = done.stdout.splitlines()
+    assert words[words.index("--backbone_path") + 1] == "weights" and words[words.index("--train_images") + 1] == "a;touch hit"
