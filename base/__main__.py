@@ -13,6 +13,7 @@ TOOLS = {
     "export": ("base.tools.export", "write a checkpoint as ONNX, as a torch.export program or in MLPerf's layout, and check it"),
     "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
     "scale": ("planning.scale", "predict images/s and the time of epochs on more devices, from a run on one"),
+    "submission": ("submission.package", "finished runs as a folder of results in MLPerf's layout, held to MLPerf's checkers"),
     "verify": ("conformance.verify", "hold every component of a backend to the reference"),
     "new-backend": ("base.tools.new_backend", "write the folder of a new backend, which trains the demo as it stands"),
     "demo-data": ("data_sets.demo_data", "draw the embedded demo data set"),
