@@ -10,6 +10,7 @@ import numpy as np
 from pages.html import escape, line_key
 
 POINTS = 600  # of a line at most: more than a page has pixels for, and small however long the record is
+MARKED = 40  # points of a line, up to which each has a dot
 STYLES = 6  # lines that look different
 
 
@@ -70,9 +71,10 @@ def line_chart(caption: str, lines: Sequence[Line], aim: tuple[float, str] | Non
     if aim:
         drawn.append(f'<path class="aim" d="M0 {down(aim[0]):.1f}H1000"/>')
     for number, (_, x, y) in enumerate(kept):
-        start, *rest = [f"{right(a):.1f} {down(b):.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-        ends = f"L{' '.join(rest)}" if rest else "h4"  # a single point is a dash
-        drawn.append(f'<path class="l{number % STYLES}" d="M{start}{ends}"/>')
+        points, style = [f"{right(a):.1f} {down(b):.1f}" for a, b in zip(x.tolist(), y.tolist(), strict=True)], f"l{number % STYLES}"
+        drawn.append(f'<path class="{style}" d="M{" ".join(points)}"/>')
+        if len(points) <= MARKED:
+            drawn.append(f'<path class="{style} points" d="{"".join(f"M{point}h0" for point in points)}"/>')
     labels = [f'<span class="y" style="top:{down(tick) / 10:.2f}%">{short(tick)}</span>' for tick in rows]
     labels += [f'<span class="x" style="left:{right(tick) / 10:.2f}%">{short(tick)}</span>' for tick in columns]
     told = "; ".join(

@@ -33,6 +33,7 @@ table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .22rem .9rem .22rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); font-weight: 400; }
 th:first-child { text-align: left; min-width: 7rem; overflow-wrap: anywhere; }
 .words th, .words td, .words th:first-child { text-align: left; overflow-wrap: break-word; }
+.words td:last-child { min-width: 8rem; }
 .heads { color: var(--soft); padding-top: .8rem; }
 td { font-variant-numeric: tabular-nums; }
 thead th { color: var(--soft); position: sticky; top: 0; background: var(--back); }
@@ -53,6 +54,7 @@ figcaption { padding-top: .35rem; line-height: 1.35; }
 .plot path, .legend path { fill: none; stroke-width: 1.7; vector-effect: non-scaling-stroke; }
 .plot .grid { stroke: var(--line); stroke-width: 1; }
 .plot .aim { stroke: var(--text); stroke-width: 1; stroke-dasharray: 2 3; }
+.plot .points { stroke-width: 6; stroke-linecap: round; stroke-dasharray: none; }
 .plot span { position: absolute; white-space: nowrap; line-height: 1; }
 .plot .y { right: 100%; padding-right: .45rem; transform: translateY(-50%); }
 .plot .x { top: 100%; padding-top: .45rem; transform: translateX(-50%); }

@@ -14,8 +14,9 @@ SPREAD = {"mAP": "mAP", "time to target": "time to target, s", "epochs to target
 
 
 def labels(runs: Sequence[RunFolder]) -> list[str]:
-    """A short name for each run; those that are called alike get a number."""
+    """A short name for each run: of those that are called alike with the folder above it, or else a number."""
     names = [run.name for run in runs]
+    names = [name if names.count(name) == 1 else f"{run.folder.resolve().parent.name}/{name}" for name, run in zip(names, runs, strict=True)]
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
@@ -29,10 +30,12 @@ def differing(columns: Sequence[Mapping[str, str]]) -> tuple[list[list[str]], li
     return unlike, alike
 
 
-def difference_tables(title: str, names: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
+def difference_tables(names: Sequence[str], columns: Sequence[Mapping[str, str]]) -> str:
     """A table of what differs, and folded one of what does not."""
     unlike, alike = differing(columns)
-    head = [title, "", *names]
+    if not unlike and not alike:
+        return "<p>not known</p>"
+    head = ["key", "", *names]
     told = table(head, unlike, words=True) if unlike else "<p>Nothing differs.</p>"
     rest = f"<details><summary>{len(alike)} the same</summary>{table(head, alike, words=True)}</details>" if alike else ""
     return f"{told}{rest}"

@@ -140,7 +140,7 @@ def example_section(found: Detected) -> str:
     ]
     for title, some in (("Best", best), ("Worst", worst)):
         figures = "".join(_example(found, *row) for row in some)
-        parts.append(f"<h3>{title}</h3>" + (f'<div class="beside">{figures}</div>' if figures else "<p>There is none.</p>"))
+        parts.append(f"<h3>{title}</h3>" + (f'<div class="pictures">{figures}</div>' if figures else "<p>There is none.</p>"))
     return "".join(parts)
 
 

@@ -1,5 +1,6 @@
 """The figures of a run: each with its value, for comparison, and its text, which says why where it is not measured."""
 
+import re
 import statistics
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from base.tools.scaling import CONVERGENCE, epochs_to_target
 from report.folder import RunFolder, is_number
 
 NOT_MEASURED = "not measured"
+STRETCH = 10  # steps at least between two records whose times give a rate: the last of an epoch is recorded a step early
+WHY_NO_ENERGY = re.compile(r"\benergy +not measured \((.*)\)")  # the closing table in log.txt
 
 
 class Figure(NamedTuple):
@@ -37,13 +40,6 @@ def epoch_of_target(run: RunFolder) -> int | None:
     return next((line["epoch"] for line in run.lines["evaluation"] if line["AP"] >= target), None)
 
 
-def training_seconds(run: RunFolder, steps: int | None = None) -> float | None:
-    """Seconds of ``steps`` steps (default: those recorded), without evaluation and checkpoints, at the rate of the last record."""
-    if run.config is None or not run.lines["train"] or not (rate := run.lines["train"][-1]["images_per_second"]):
-        return None
-    return (steps or run.lines["train"][-1]["step"]) * run.config.global_batch / rate
-
-
 def mlperf_seconds(run: RunFolder) -> float | None:
     """MLPerf's result: from run_start to a run_stop with success, by the log's own clock, pauses included."""
     times = {event["key"]: event for event in run.events}
@@ -66,7 +62,7 @@ def figures(run: RunFolder) -> dict[str, Figure]:
     why = "there is no target" if run.values.get("target") is None else "the target was not reached" if epoch is None else "the run has no end"
     found["time to target"] = Figure(end["seconds"], clock(end["seconds"])) if reached else unknown(why)
     official = mlperf_seconds(run)
-    found["the same by MLPerf's log"] = Figure(official, f"{official:,.1f} s") if official is not None else unknown("" if reached else why)
+    found["time to target by MLPerf's log"] = Figure(official, f"{official:,.1f} s") if official is not None else unknown("" if reached else why)
     found["epochs to target"] = Figure(epoch, f"{epoch}") if epoch is not None else unknown(why)
     if train:
         rate, step = train[-1]["images_per_second"], train[-1]["step"]
@@ -77,13 +73,14 @@ def figures(run: RunFolder) -> dict[str, Figure]:
     if end and run.config and end["seconds"] > 0:
         whole = end["steps"] * run.config.global_batch / end["seconds"]
     found["images/s, with evaluation and checkpoints"] = Figure(whole, f"{whole:,.1f}") if whole else unknown("the run has no end")
+    no_energy = next((told[1] for line in reversed(run.log) if (told := WHY_NO_ENERGY.search(line))), "no reason is recorded")
     for name, key, text in (
         ("images per joule", "images_per_joule", "{:.4g}"),
         ("energy of training", "joules", "{:,.0f} J"),
         ("power in training", "power_watts", "{:,.1f} W"),
     ):
         value = end.get(key) if end else None
-        why = "log.txt says why" if end else "the run has no end"
+        why = no_energy if end else "the run has no end"
         found[name] = Figure(value, text.format(value)) if is_number(value) else unknown(why)
     memory = [line["memory_bytes"] for line in run.lines["telemetry"] if is_number(line.get("memory_bytes"))]
     found["memory"] = Figure(max(memory), f"{max(memory) / 2**30:.2f} GiB at most, of one rank") if any(memory) else unknown("no sensor told it")
@@ -94,40 +91,40 @@ def figures(run: RunFolder) -> dict[str, Figure]:
 
 
 def parts_of_time(run: RunFolder) -> list[tuple[str, Figure]]:
-    """Where the time went, in seconds. What is not recorded is said to be not measured."""
+    """Where the time went, in seconds, up to the latest checkpoint. What is not recorded is said to be not measured."""
     train, evaluations, end = run.lines["train"], run.lines["evaluation"], run.end
-    training = training_seconds(run, end["steps"] if end else None)
+    known = {"step", "train_seconds"} <= run.progress.keys()
+    training, done = (run.progress["train_seconds"], run.progress["step"]) if known else (None, 0)
     behind = run.config is not None and run.config.evaluate_in_background
-    key = "detection_seconds" if behind else "seconds"
-    held = [line[key] for line in evaluations if is_number(line.get(key))]
-    rest = end["seconds"] - training - sum(held) if end and training is not None else None
+    keys = ["detection_seconds" if behind and line["step"] != (end or {}).get("steps") else "seconds" for line in evaluations]  # the last one waits
+    held = [line[key] for line, key in zip(evaluations, keys, strict=True) if is_number(line.get(key))]
+    rest = end["seconds"] - training - sum(held) if end and training is not None and done == end["steps"] else None
 
     def seconds(value: float | None, why: str) -> Figure:
         return unknown(why) if value is None else Figure(value, f"{value:,.1f} s")
 
-    rows = [("training", seconds(training, "no step is recorded"))]
+    rows = [(f"training, {done:,} steps" if known else "training", seconds(training, "no checkpoint tells it"))]
     waits = [line["data_seconds"] for line in train]
-    steps = end["steps"] if end else train[-1]["step"] if train else 0
-    wait = statistics.fmean(waits) * steps if waits else None
+    wait = statistics.fmean(waits) * (done or train[-1]["step"]) if waits else None
     text = f"{wait:,.1f} s, {statistics.fmean(waits) * 1e3:,.2f} ms a step (mean of {len(waits):,} recorded steps)" if waits else ""
     rows.append(("  of it waiting for data", Figure(wait, text) if waits else unknown("no step is recorded")))
     rows += [(f"  of it {part}", unknown("not recorded")) for part in ("forward pass", "backward pass", "optimizer")]
     rows.append(("evaluation" + " (detection; the rest ran beside training)" * behind, seconds(sum(held) if held else None, "no evaluation yet")))
-    # the training time is a rate of two decimals: a remainder within its error is none
-    rows.append(("checkpoints, and what is between", seconds(rest and max(0.0, rest), "the run has no end")))
+    rows.append(("checkpoints and the rest", seconds(rest, "the run has no checkpoint of its last step" if end else "the run has no end")))
     return rows
 
 
 def rates(run: RunFolder) -> tuple[list[int], list[float]]:
-    """Steps, and images/s over the stretch before each: between two records of one epoch without a checkpoint between them."""
-    train, batch = run.lines["train"], run.config.global_batch if run.config else 0
-    every = (run.config.checkpoint_every if run.config else 0) or 1 << 62
-    steps, values = [], []
-    for a, b in zip(train, train[1:], strict=False):
-        together = a["epoch"] == b["epoch"] and a["step"] // every == b["step"] // every
-        if together and batch and b["step"] > a["step"] and b["time"] > a["time"]:
-            steps.append(b["step"])
-            values.append((b["step"] - a["step"]) * batch / (b["time"] - a["time"]))
+    """Steps, and images/s over the stretch before each: STRETCH steps or more of one epoch without a checkpoint between them."""
+    batch, every = (run.config.global_batch, run.config.checkpoint_every or 1 << 62) if run.config else (0, 1)
+    steps, values, began = [], [], None
+    for line in run.lines["train"]:
+        if began is None or (began["epoch"], began["step"] // every) != (line["epoch"], line["step"] // every):
+            began = line
+        elif line["step"] - began["step"] >= STRETCH and line["time"] > began["time"] and batch:
+            steps.append(line["step"])
+            values.append((line["step"] - began["step"]) * batch / (line["time"] - began["time"]))
+            began = line
     return steps, values
 
 

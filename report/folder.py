@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from base import checkpoint
 from base.config import Config, parse_value, read_run
 from base.contracts import FIGURES
 from base.errors import UserError
@@ -36,7 +37,7 @@ class RunFolder:
     lines: dict[str, list[dict]] = field(default_factory=lambda: {kind: [] for kind in NEEDED})  # metrics.jsonl by kind
     events: list[dict] = field(default_factory=list)  # mlperf.log
     log: list[str] = field(default_factory=list)  # the end of log.txt
-    checkpoints: list[Path] = field(default_factory=list)
+    progress: dict[str, Any] = field(default_factory=dict)  # of the latest checkpoint: seconds of training so far, as `base.checkpoint.Progress`
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -84,9 +85,14 @@ def read_folder(path: Path) -> RunFolder:
         run.lines[kind].append(line)
     run.events = _events(_text(run, "mlperf.log"))
     run.log = _text(run, "log.txt").splitlines()
-    run.checkpoints = sorted((path / "checkpoints").glob("*.pt"))
-    if not run.checkpoints:
-        run.missing.append("checkpoints/ has no checkpoint")
+    try:
+        found = checkpoint.latest(path, run.missing.append)
+        if found is None:
+            run.missing.append("checkpoints/ has no checkpoint of a step")
+        elif isinstance(found[1]["progress"], dict):
+            run.progress = {key: value for key, value in found[1]["progress"].items() if is_number(value)}
+    except UserError as error:
+        run.missing.append(str(error))
     return run
 
 

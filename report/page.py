@@ -11,12 +11,12 @@ from report import compare
 from report.batches import batch_section
 from report.components import component_section
 from report.detected import Detected, class_section, detected, example_section
-from report.figures import NOT_MEASURED, convergence, figures, parts_of_time, rates, state
+from report.figures import NOT_MEASURED, STRETCH, convergence, figures, parts_of_time, rates, state
 from report.folder import RunFolder, is_number
 
 MEASURED = ("memory_bytes", "joules", "power_watts", "utilisation", "clock_hz")  # of a line of telemetry
 LOG_LINES = 80  # the last ones
-FIRST = ("mAP", "images/s", "time to target", "images per joule", "memory")  # figures that stand at the head
+FIRST = ("mAP", "images/s", "time to target", "time to target by MLPerf's log", "images per joule", "memory")  # figures that stand at the head
 
 
 class Sections:
@@ -78,7 +78,7 @@ def several_runs(runs: Sequence[RunFolder]) -> str:
         ("configuration", "Configuration", [compare.configuration(run) for run in runs]),
         ("environment", "Environment", [compare.environments(run) for run in runs]),
     ):
-        sections.add(place, title, compare.difference_tables(title, names, columns))
+        sections.add(place, title, compare.difference_tables(names, columns))
     sections.add("pictures", "Pictures, components, log", left_out("they are on the page of a single run, python -m base report RUN"))
     return sections.page(f"{len(runs)} runs", head)
 
@@ -114,14 +114,14 @@ def throughput_section(run: RunFolder) -> str:
     waits = Line("wait", *compare.columns(run.lines["train"], "step", "data_seconds"))
     waiting = Line(waits.name, waits.x, [1e3 * value for value in waits.y])
     told = (
-        "Between two records of one epoch, without evaluation and checkpoints. Waiting for data is that of the first rank before a step; "
-        "an accelerator may still work on the step before meanwhile."
+        f"Images/s are those of stretches of {STRETCH} steps or more within an epoch, without evaluation and checkpoints. Waiting for data is "
+        "that of the first rank before a step; an accelerator may still work on the step before meanwhile."
     )
     return (
         f'<p>{told}</p><div class="beside">{line_chart("Images/s, by step", [Line("images/s", *steps)], least=0.0)}'
         f"{line_chart('Waiting for data before a step, ms, by step', [waiting], least=0.0)}"
         f"<div>{table(['part', 'time'], [(name, figure.text) for name, figure in parts], words=True)}</div>"
-        f"{bar_chart('Time by parts', bars) if bars else ''}<div>{telemetry_table(run)}</div></div>"
+        f"{bar_chart('Time by parts', bars) if bars else ''}</div>{telemetry_table(run)}"
     )
 
 
