@@ -23,14 +23,14 @@ class Line(NamedTuple):
 
 
 def thinned(x: Sequence[float], y: Sequence[float], most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """The finite points, or of more than ``most`` the lowest and the highest of each of ``most / 2`` stretches, in their order."""
+    """The finite points, or of more than ``most`` the ends, and the lowest and the highest of each of many stretches, in their order."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
     if len(x) <= most:
         return x, y
-    some = [part[[y[part].argmin(), y[part].argmax()]] for part in np.array_split(np.arange(len(x)), most // 2)]
-    keep = np.unique(np.concatenate(some))
+    some = [part[[y[part].argmin(), y[part].argmax()]] for part in np.array_split(np.arange(len(x)), most // 2 - 1)]
+    keep = np.unique(np.concatenate([[0, len(x) - 1], *some]))
     return x[keep], y[keep]
 
 
@@ -49,17 +49,17 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def line_chart(caption: str, lines: Sequence[Line], aim: tuple[float, str] | None = None, least: float | None = None) -> str:
-    """A chart of lines over a common x; ``aim`` is a level (value, name) to compare them with, ``least`` the axis' lower end."""
+def line_chart(caption: str, lines: Sequence[Line], aim: tuple[float, str] | None = None, within: Sequence[float] = ()) -> str:
+    """A chart of lines over a common x; ``aim`` is a level (value, name) to compare them with, ``within`` values that its axis has to span."""
     kept = [(line, *thinned(line.x, line.y)) for line in lines]
     kept = [(line, x, y) for line, x, y in kept if len(x)]
     if not kept:
         return f'<figure class="chart"><h3>{escape(caption)}</h3><p class="soft">not measured</p></figure>'
-    values = [value for _, _, y in kept for value in (y.min(), y.max())] + ([aim[0]] if aim else []) + ([least] if least is not None else [])
+    values = [value for _, _, y in kept for value in (y.min(), y.max())] + ([aim[0]] if aim else []) + list(within)
     rows = ticks(min(values), max(values))
     low, high = min(x.min() for _, x, _ in kept), max(x.max() for _, x, _ in kept)
     wide = (high - low) or 1.0
-    columns = [tick for tick in ticks(low, high, 5) if low <= tick <= high] if high > low else [low]
+    columns = [tick for tick in ticks(low, high) if low <= tick <= high] if high > low else [low]
 
     def right(x: float) -> float:
         return 1000 * (x - low) / wide
@@ -102,10 +102,10 @@ def strip_chart(caption: str, rows: Sequence[tuple[str, Sequence[float]]]) -> st
         drawn.append(f'<text x="0" y="{y + 15}">{escape(label)}</text>')
         drawn.append(f'<text class="note" x="0" y="{y + 32}">{escape(note)}</text>')
         drawn.append(f'<rect class="track" x="0" y="{y + 43}" width="100%" height="2"/>')
-        drawn.append(f'<rect class="median" x="{place(middle):.2f}%" y="{y + 36}" width="3" height="16"/>')
         drawn += [f'<circle class="dot" cx="{place(value):.2f}%" cy="{y + 44}" r="5"/>' for value in values]
+        drawn.append(f'<rect class="median" x="{place(middle):.2f}%" y="{y + 36}" width="3" height="16"/>')
     spoken = escape(f"{caption}. {'; '.join(told)}")
     return (
-        f'<figure class="chart"><h3>{escape(caption)}</h3><svg role="img" aria-label="{spoken}" height="{len(rows) * 56}">'
+        f'<figure class="chart strips"><h3>{escape(caption)}</h3><svg role="img" aria-label="{spoken}" height="{len(rows) * 56}">'
         f"{''.join(drawn)}</svg><figcaption>A dot is a run, the bar the median.</figcaption></figure>"
     )

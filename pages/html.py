@@ -65,6 +65,7 @@ figcaption { padding-top: .35rem; line-height: 1.35; }
 .l4 { stroke: var(--e); stroke-dasharray: 14 4; }
 .l5 { stroke: var(--f); stroke-dasharray: 2 5; }
 .dot { fill: var(--a); fill-opacity: .6; stroke: var(--back); }
+.strips { max-width: 46rem; }
 .median { fill: var(--b); }
 .skip { position: absolute; left: -99rem; padding: .3rem .6rem; background: var(--back); }
 .skip:focus { left: 1rem; }

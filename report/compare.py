@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pages.charts import Line, line_chart, strip_chart
 from pages.html import escape, table
 from report.figures import Figure, figures, rates
-from report.folder import RunFolder, flattened
+from report.folder import RunFolder
 
 MARK = "≠"
 OWN = ("seed", "runs_dir")  # keys in which trials of one configuration may differ
@@ -60,9 +60,9 @@ def curves(names: Sequence[str], runs: Sequence[RunFolder]) -> str:
     train = {key: [Line(name, *columns(run.lines["train"], "step", key)) for name, run in named] for key in ("loss", "learning_rate")}
     charts = [
         line_chart("Loss, by step", train["loss"]),
-        line_chart("Learning rate, by step", train["learning_rate"], least=0.0),
-        line_chart("mAP, by epoch", [Line(name, *columns(run.lines["evaluation"], "epoch", "AP")) for name, run in named], least=0.0),
-        line_chart("Images/s in training, by step", [Line(name, *rates(run)) for name, run in named], least=0.0),
+        line_chart("Learning rate, by step", train["learning_rate"], within=[0.0]),
+        line_chart("mAP, by epoch", [Line(name, *columns(run.lines["evaluation"], "epoch", "AP")) for name, run in named], within=[0.0]),
+        line_chart("Images/s in training, by step", [Line(name, *rates(run)) for name, run in named], within=[0.0]),
     ]
     return f'<div class="beside">{"".join(charts)}</div>'
 
@@ -92,13 +92,3 @@ def trial_charts(runs: Sequence[RunFolder]) -> str:
         title = f"{len(group)} trials of one configuration: {', '.join(run.name for run in group)}; seeds {seeds}"
         parts.append(strip_chart(title, rows) if rows else f"<p>{escape(title)}: nothing measured yet.</p>")
     return "".join(parts) or "<p>No two of these runs have the same configuration but for the seed.</p>"
-
-
-def environments(run: RunFolder) -> dict[str, str]:
-    """What the run was made on and with, as text."""
-    return flattened(run.facts)
-
-
-def configuration(run: RunFolder) -> dict[str, str]:
-    """Its keys and values, as text."""
-    return {key: json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value for key, value in run.values.items()}

@@ -79,7 +79,7 @@ def class_section(found: Detected) -> str:
     lines = [Line(name, recall, known[place].mean(1)) for place, name in ((0, "IoU 0.5"), (5, "IoU 0.75"))] if rows else []
     lines += [Line("mean of IoU 0.5 to 0.95", recall, known.mean((0, 2)))] if rows else []
     step = "" if found.step is None else f" (step {found.step:,})"
-    small = "".join(line_chart(name, [Line("IoU 0.5", recall, curve)], least=0.0) for name, _, _, curve in rows[:CURVES])
+    small = "".join(line_chart(name, [Line("IoU 0.5", recall, curve)], within=[0.0, 1.0]) for name, _, _, curve in rows[:CURVES])
     more = f", of the best {CURVES}" if len(rows) > CURVES else ""
     return (
         f"<p>{escape(found.file)}{step} on all {len(found.arrays['ids']):,} validation images, on {found.device}: "
@@ -87,7 +87,7 @@ def class_section(found: Detected) -> str:
         f"{f' {absent:,} classes have no box in the ground truth.' if absent else ''}</p>"
         f'<div class="beside"><div>{table(["class", "AP", "AP50"], [(name, f"{ap:.4f}", f"{ap50:.4f}") for name, ap, ap50, _ in rows])}</div>'
         f"{bar_chart(title, [(name, [max(0.0, ap)], f'{ap:.4f}') for name, ap, _, _ in some])}"
-        f"{line_chart('Precision by recall, mean over classes', lines, least=0.0)}</div>"
+        f"{line_chart('Precision by recall, mean over classes', lines, within=[0.0, 1.0])}</div>"
         f'<details><summary>Precision by recall of each class at IoU 0.5{more}</summary><div class="beside">{small}</div></details>'
     )
 

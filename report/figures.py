@@ -74,14 +74,13 @@ def figures(run: RunFolder) -> dict[str, Figure]:
         whole = end["steps"] * run.config.global_batch / end["seconds"]
     found["images/s, with evaluation and checkpoints"] = Figure(whole, f"{whole:,.1f}") if whole else unknown("the run has no end")
     no_energy = next((told[1] for line in reversed(run.log) if (told := WHY_NO_ENERGY.search(line))), "no reason is recorded")
-    for name, key, text in (
-        ("images per joule", "images_per_joule", "{:.4g}"),
-        ("energy of training", "joules", "{:,.0f} J"),
-        ("power in training", "power_watts", "{:,.1f} W"),
+    for name, key, text, why in (
+        ("images per joule", "images_per_joule", "{:.4g}", no_energy),
+        ("energy of training", "joules", "{:,.0f} J", ""),
+        ("power in training", "power_watts", "{:,.1f} W", ""),
     ):
         value = end.get(key) if end else None
-        why = no_energy if end else "the run has no end"
-        found[name] = Figure(value, text.format(value)) if is_number(value) else unknown(why)
+        found[name] = Figure(value, text.format(value)) if is_number(value) else unknown(why if end else "the run has no end")
     memory = [line["memory_bytes"] for line in run.lines["telemetry"] if is_number(line.get("memory_bytes"))]
     found["memory"] = Figure(max(memory), f"{max(memory) / 2**30:.2f} GiB at most, of one rank") if any(memory) else unknown("no sensor told it")
     steps = end["steps"] if end else train[-1]["step"] if train else None

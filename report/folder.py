@@ -78,7 +78,7 @@ def read_folder(path: Path) -> RunFolder:
         try:
             run.config = read_run(path / "config.yaml")
         except UserError as error:
-            run.missing.append(f"config.yaml is not one of this version's: {error}")
+            run.missing.append(f"config.yaml cannot be used: {error}")
     facts = _json(run, "environment.json", _text(run, "environment.json"))
     run.facts = facts if isinstance(facts, dict) else {}
     for kind, line in _metrics(run, _text(run, "metrics.jsonl")):
@@ -166,7 +166,7 @@ def is_number(value: Any) -> bool:
 
 
 def flattened(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """Nested values as text, by names such as ``packages.torch``."""
+    """Nested values, of configuration or environment, as text, by names such as ``packages.torch``."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

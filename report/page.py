@@ -12,7 +12,7 @@ from report.batches import batch_section
 from report.components import component_section
 from report.detected import Detected, class_section, detected, example_section
 from report.figures import NOT_MEASURED, STRETCH, convergence, figures, parts_of_time, rates, state
-from report.folder import RunFolder, is_number
+from report.folder import RunFolder, flattened, is_number
 
 MEASURED = ("memory_bytes", "joules", "power_watts", "utilisation", "clock_hz")  # of a line of telemetry
 LOG_LINES = 80  # the last ones
@@ -54,8 +54,8 @@ def one_run(run: RunFolder, flags: argparse.Namespace) -> str:
     sections.add("classes", "AP a class", classes)
     sections.add("detections", "Best and worst detections", examples)
     sections.add("batches", "First training batches", pictured(flags, lambda: batch_section(run, flags)))
-    sections.add("environment", "Environment", words_table(["what", "value"], compare.environments(run).items(), "environment.json"))
-    rows = ((key, value, run.sources.get(key, "not known")) for key, value in compare.configuration(run).items())
+    sections.add("environment", "Environment", words_table(["what", "value"], flattened(run.facts).items(), "environment.json"))
+    rows = ((key, value, run.sources.get(key.partition(".")[0], "not known")) for key, value in flattened(run.values).items())
     sections.add("configuration", "Configuration", words_table(["key", "value", "from"], rows, "config.yaml"))
     sections.add("log", "Log", log_section(run))
     return sections.page(f"Run {shown(run.name, 80)}", head)
@@ -75,8 +75,8 @@ def several_runs(runs: Sequence[RunFolder]) -> str:
     sections.add("trials", "Repeated trials", compare.trial_charts(runs))
     sections.add("convergence", "Epochs to target", convergence_section(runs, names))
     for place, title, columns in (
-        ("configuration", "Configuration", [compare.configuration(run) for run in runs]),
-        ("environment", "Environment", [compare.environments(run) for run in runs]),
+        ("configuration", "Configuration", [flattened(run.values) for run in runs]),
+        ("environment", "Environment", [flattened(run.facts) for run in runs]),
     ):
         sections.add(place, title, compare.difference_tables(names, columns))
     sections.add("pictures", "Pictures, components, log", left_out("they are on the page of a single run, python -m base report RUN"))
@@ -101,8 +101,8 @@ def curve_section(run: RunFolder) -> str:
     scores = [Line(name, *compare.columns(evaluations, "epoch", name)) for name in ("AP", "AP50", "AP75")]
     charts = [
         line_chart("Loss, by step", [Line("loss", *compare.columns(train, "step", "loss"))]),
-        line_chart("Learning rate, by step", [Line("learning rate", *compare.columns(train, "step", "learning_rate"))], least=0.0),
-        line_chart("mAP, by epoch", scores, (target, f"target {target}") if is_number(target) else None, least=0.0),
+        line_chart("Learning rate, by step", [Line("learning rate", *compare.columns(train, "step", "learning_rate"))], within=[0.0]),
+        line_chart("mAP, by epoch", scores, (target, f"target {target}") if is_number(target) else None, within=[0.0]),
     ]
     return f'<div class="beside">{"".join(charts)}</div>'
 
@@ -118,8 +118,8 @@ def throughput_section(run: RunFolder) -> str:
         "that of the first rank before a step; an accelerator may still work on the step before meanwhile."
     )
     return (
-        f'<p>{told}</p><div class="beside">{line_chart("Images/s, by step", [Line("images/s", *steps)], least=0.0)}'
-        f"{line_chart('Waiting for data before a step, ms, by step', [waiting], least=0.0)}"
+        f'<p>{told}</p><div class="beside">{line_chart("Images/s, by step", [Line("images/s", *steps)], within=[0.0])}'
+        f"{line_chart('Waiting for data before a step, ms, by step', [waiting], within=[0.0])}"
         f"<div>{table(['part', 'time'], [(name, figure.text) for name, figure in parts], words=True)}</div>"
         f"{bar_chart('Time by parts', bars) if bars else ''}</div>{telemetry_table(run)}"
     )
