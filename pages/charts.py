@@ -36,7 +36,7 @@ def thinned(x: Sequence[float], y: Sequence[float], most: int = POINTS) -> tuple
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers, 1, 2 or 5 times a power of ten apart, from ``low`` or below to ``high`` or above."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     rough = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(rough))

@@ -72,7 +72,8 @@ figcaption { padding-top: .35rem; line-height: 1.35; }
 nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; }
 a { color: var(--a); }
 :focus-visible { outline: 2px solid var(--a); outline-offset: 2px; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 3px; align-items: start; }
+.pairs { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); align-items: start; }
+.pair { display: grid; gap: 3px; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)); align-items: start; }
 .pictures { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); align-items: start; }
 .picture { position: relative; line-height: 0; }
 .picture img { width: 100%; height: auto; }

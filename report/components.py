@@ -16,7 +16,8 @@ def found_verify(run: RunFolder) -> tuple[Path | None, dict | None, str]:
     """The verify.json of the run's backend, beside the run or in runs/: its file, its content, and what is wrong with it."""
     if not run.backend or Path(run.backend).name != run.backend:
         return None, None, "the backend is not known"
-    places = [runs / f"verify-{run.backend}" / "verify.json" for runs in (run.folder.resolve().parent, Path("runs"))]
+    around = [*run.folder.resolve().parents[:2], Path("runs")]  # a stage lies one deeper
+    places = [runs / f"verify-{run.backend}" / "verify.json" for runs in around]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         return None, None, f"there is no {places[0]}; python -m base verify --name {run.backend} writes one into runs/"
@@ -51,7 +52,7 @@ def component_section(run: RunFolder) -> str:
     rows = content["rows"] if content else []
     speeds: Any = content.get("speeds") if content else None
     suppliers = run.facts.get("components")
-    suppliers = suppliers if isinstance(suppliers, dict) else {}
+    suppliers = {slot: str(name) for slot, name in suppliers.items()} if isinstance(suppliers, dict) else {}
     cells = []
     for slot in PARTS:
         supplier = suppliers.get(slot)

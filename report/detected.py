@@ -134,13 +134,13 @@ def example_section(found: Detected) -> str:
     taken = {row[2] for row in best}
     worst = sorted((row for row in rows if row[2] not in taken), key=lambda row: (row[0], -row[1], row[2]))[:EXAMPLES]
     parts = [
-        f"<p>Left the truth, right the detections with a score of {SURE} or more. Images are ranked by the F1 of these: a detection is right at an "
+        f"<p>First the truth, then the detections with a score of {SURE} or more. Images are ranked by the F1 of these: a detection is right at an "
         f"IoU of {OVERLAP} or more with a box of its class. Among equals the surer come first.</p>",
         f'<p class="legend">{line_key("mark", "truth, and detections that are right")}{line_key("mark forced", "detections that are wrong")}</p>',
     ]
     for title, some in (("Best", best), ("Worst", worst)):
         figures = "".join(_example(found, *row) for row in some)
-        parts.append(f"<h3>{title}</h3>" + (f'<div class="pictures">{figures}</div>' if figures else "<p>There is none.</p>"))
+        parts.append(f"<h3>{title}</h3>" + (f'<div class="pairs">{figures}</div>' if figures else "<p>There is none.</p>"))
     return "".join(parts)
 
 
@@ -158,7 +158,7 @@ def _example(found: Detected, quality: float, _: float, image: int, sure: np.nda
     there = [Box(box, colour(label), name) for box, label, name in zip((boxes * (w, h, w, h)).tolist(), labels.tolist(), names, strict=True)]
     hits = zip((arrays["boxes"][chosen] * (w, h, w, h)).tolist(), arrays["labels"][chosen].tolist(), arrays["scores"][chosen], right, strict=True)
     marked = [Box(box, colour(label), f"{name_of(found.names, label)} {score:.2f}", "" if ok else "forced") for box, label, score, ok in hits]
-    told = f"{int(sure[:, 1].sum())} of {len(sure)} detections right, {len(boxes)} boxes in truth, F1 {quality:.2f}"
+    told = f"{int(sure[:, 1].sum())} of {len(sure)} detections right, truth has {len(boxes)}, F1 {quality:.2f}"
     left, right_side = (
         drawn_over(address, w, h, alt, some)
         for alt, some in ((f"{file}, truth: {listed(names)}", there[:BOXES]), (f"{file}, detected: {told}", list(reversed(marked))))

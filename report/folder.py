@@ -1,7 +1,6 @@
 """What a run's folder holds, as far as it is there: a run that was cut off, or still writes, is read like any other."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,8 +160,8 @@ def _events(text: str) -> list[dict]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value of a JSON file is a number to reckon with: finite, and not one of 400 digits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def flattened(values: Mapping[str, Any], above: str = "") -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.tools.detector import flags_of_data
+from pages.html import shown
 from report.folder import read_folder, runs_in
 from report.page import one_run, several_runs
 
@@ -34,6 +35,6 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
     for run in runs:
         for text in run.missing:
-            print(f"{run.name}: {text}")
+            print(shown(f"{run.name}: {text}"))
     print(f"page: {out} ({len(page) / 1e6:.2f} MB)")
     return 0
