@@ -9,7 +9,8 @@ from base.backends.reference.images import BadImage, read_rgb
 from data_sets.coco_json import EXAMPLES
 from data_sets.coverage import BY_FORCE
 from data_sets.survey import Part, class_table, ends, facts_table, fit_table
-from pages.html import bar_chart, escape, folded, jpeg, page, table
+from pages.html import bar_chart, escape, folded, jpeg, line_key, page, table
+from pages.pictures import Box, colour, drawn_over
 from pages.text import shown
 
 MOST_SAMPLES = 200
@@ -20,22 +21,12 @@ NAMES_DRAWN = 25  # on one sample, of its largest boxes
 ROWS = 1000  # of the table of classes
 BARS = 20  # of the chart of classes
 TRIES = 16  # images among which the one with the most new classes is taken
-STYLE = """<style>
-.picture path { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
-.forced { stroke-dasharray: 7 6; }
-.picture svg { filter: drop-shadow(0 0 1px #000); }
-.picture text { fill: #fff; font: 600 13px/1 system-ui, sans-serif; paint-order: stroke; stroke: #000; stroke-width: 2px; }
-.legend svg { width: 3rem; height: .8rem; margin: 0 .35rem 0 0; vertical-align: middle; }
-.legend span { margin-right: 1.2rem; white-space: nowrap; }
-.legend path { fill: none; stroke: var(--text); stroke-width: 2; }
-</style>"""
 
 
 def data_page(name: str, parts: Sequence[Part], image_size: tuple[int, int], about: str, samples: int, seed: int) -> str:
     """The whole page. ``about`` says what “fit” means."""
     first, (head, rows) = parts[0], class_table(parts)
     body = [
-        STYLE,
         f'<p class="soft">{escape(first.index.annotation_file.parent)}</p>',
         '<h2>What it holds</h2><div class="beside">',
         table(*facts_table(parts)),
@@ -55,15 +46,10 @@ def data_page(name: str, parts: Sequence[Part], image_size: tuple[int, int], abo
         few = "" if len(figures) == samples else f" There are no {samples} that can be read and have boxes."
         body += [
             f"<h2>{len(figures)} samples</h2><p>Drawn so that many classes are seen, the rarest too.{few}</p>",
-            f'<p class="legend">{key("", "a default box fits")}{key("forced", "matched only by force")}</p>',
+            f'<p class="legend">{line_key("mark", "a default box fits")}{line_key("mark forced", "matched only by force")}</p>',
             f'<div class="pictures">{"".join(figures)}</div>',
         ]
     return page(f"Data set {shown(name, 60)}", "\n".join(body))
-
-
-def key(kind: str, text: str) -> str:
-    """One entry of the legend."""
-    return f'<span><svg viewBox="0 0 48 12" aria-hidden="true"><path class="{kind}" d="M1 6h46"/></svg>{text}</span>'
 
 
 def by_count(counts: np.ndarray) -> list[tuple[str, int]]:
@@ -135,16 +121,11 @@ def figure_of(part: Part, image: int, all_samples: int) -> str:
     address, w, h = jpeg(picture, PICTURE_SIDE, PICTURE_BYTES // all_samples)
     boxes, labels, fit, crowd = part.boxes[some] * (w, h, w, h), index.labels[some], part.fit[some], index.crowd[some]
     order = np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(1), kind="stable")[: max(20, BOXES_DRAWN // all_samples)]
-    paths, names = [], []
+    drawn = []
     for place, number in enumerate(order.tolist()):  # the small ones on top
-        left, top, right, bottom = boxes[number].tolist()
-        colour = f"hsl({labels[number] * 137.5 % 360:.0f} 95% 68%)"
-        kind = "" if fit[number] else ' class="forced"'
-        paths.append(f'<path{kind} stroke="{colour}" d="M{left:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{left:.1f}z"/>')
-        if place < NAMES_DRAWN:
-            text = escape(shown(index.category_names[labels[number] - 1], 24) + " (crowd)" * bool(crowd[number]))
-            x, anchor = (left + 3, "start") if left < 0.7 * w else (right - 3, "end")
-            names.append(f'<text x="{x:.1f}" y="{min(top + 13, h - 3):.1f}" text-anchor="{anchor}">{text}</text>')
+        label = int(labels[number])
+        name = shown(index.category_names[label - 1], 24) + " (crowd)" * bool(crowd[number]) if place < NAMES_DRAWN else ""
+        drawn.append(Box(boxes[number].tolist(), colour(label), name, "" if fit[number] else "forced"))
     counted = [(shown(index.category_names[label - 1], 40), int((labels == label).sum())) for label in np.unique(labels).tolist()]
     listed = ", ".join(f"{n} {name}" for name, n in counted[:20]) + (f" and {len(counted) - 20} more classes" if len(counted) > 20 else "")
     forced = int((~fit).sum())
@@ -152,7 +133,6 @@ def figure_of(part: Part, image: int, all_samples: int) -> str:
     notes += f"; the {len(order)} largest of {len(labels)} boxes are drawn" if len(order) < len(labels) else ""
     file = shown(index.file_name(image), 80)
     return (
-        f'<figure><div class="picture"><img src="{address}" width="{w}" height="{h}" alt="{escape(f"{part.name} image {file}: {listed}")}">'
-        f'<svg viewBox="0 0 {w} {h}" aria-hidden="true">{"".join(paths)}{"".join(names)}</svg></div>'
+        f"<figure>{drawn_over(address, w, h, f'{part.name} image {file}: {listed}', drawn)}"
         f"<figcaption>{escape(file)}: {escape(notes)}</figcaption></figure>\n"
     )

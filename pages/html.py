@@ -13,9 +13,11 @@ from PIL import Image
 from pages.text import shown
 
 STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1c2330; --soft: #566070; --line: #d5dae2; --a: #1f6fb2; --b: #c9641a; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14181f; --text: #e6e9ee; --soft: #a4aebb; --line: #363e4a; --a: #5aa9e6; --b: #f09a55; }
+:root { color-scheme: light dark; --back: #fff; --text: #1c2330; --soft: #566070; --line: #d5dae2;
+  --a: #1f6fb2; --b: #c9641a; --c: #2b7a4b; --d: #8546ad; --e: #ad2f55; --f: #5f6670; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --back: #14181f; --text: #e6e9ee; --soft: #a4aebb; --line: #363e4a;
+    --a: #5aa9e6; --b: #f09a55; --c: #63c48a; --d: #c69be8; --e: #f08aa8; --f: #a9b1bc; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 84rem; padding: 1rem; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
@@ -23,6 +25,7 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywh
 h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
+pre { margin: 0; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .soft, figcaption, li { color: var(--soft); font-size: .9rem; overflow-wrap: anywhere; }
 .beside { display: grid; gap: 1rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); align-items: start; }
 .beside > * { min-width: 0; }
@@ -31,6 +34,8 @@ p { max-width: 46rem; margin: .5rem 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .22rem .9rem .22rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); font-weight: 400; }
 th:first-child { text-align: left; min-width: 7rem; overflow-wrap: anywhere; }
+.words th, .words td, .words th:first-child { text-align: left; overflow-wrap: break-word; }
+.words td:last-child { min-width: 8rem; }
 .heads { color: var(--soft); padding-top: .8rem; }
 td { font-variant-numeric: tabular-nums; }
 thead th { color: var(--soft); position: sticky; top: 0; background: var(--back); }
@@ -46,10 +51,54 @@ figcaption { padding-top: .35rem; line-height: 1.35; }
 .s1 { fill: var(--b); background: var(--b); }
 .key { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 .9em; border-radius: 2px; }
 .key:first-child { margin-left: 0; }
+.plot { position: relative; height: 14rem; margin: .7rem 1.6rem 2rem 3.6rem; font-size: .8rem; color: var(--soft); }
+.plot svg { height: 100%; }
+.plot path, .legend path { fill: none; stroke-width: 1.7; vector-effect: non-scaling-stroke; }
+.plot .grid { stroke: var(--line); stroke-width: 1; }
+.plot .aim { stroke: var(--text); stroke-width: 1; stroke-dasharray: 2 3; }
+.plot .points { stroke-width: 6; stroke-linecap: round; stroke-dasharray: none; }
+.plot span { position: absolute; white-space: nowrap; line-height: 1; }
+.plot .y { right: 100%; padding-right: .45rem; transform: translateY(-50%); }
+.plot .x { top: 100%; padding-top: .45rem; transform: translateX(-50%); }
+.l0 { stroke: var(--a); }
+.l1 { stroke: var(--b); stroke-dasharray: 8 3; }
+.l2 { stroke: var(--c); stroke-dasharray: 3 3; }
+.l3 { stroke: var(--d); stroke-dasharray: 10 3 2 3; }
+.l4 { stroke: var(--e); stroke-dasharray: 14 4; }
+.l5 { stroke: var(--f); stroke-dasharray: 2 5; }
+.dot { fill: var(--a); fill-opacity: .6; stroke: var(--back); }
+.strips { max-width: 46rem; }
+.median { fill: var(--b); }
+.skip { position: absolute; left: -99rem; padding: .3rem .6rem; background: var(--back); }
+.skip:focus { left: 1rem; }
+nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; }
+a { color: var(--a); }
+:focus-visible { outline: 2px solid var(--a); outline-offset: 2px; }
+.pairs { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(min(32rem, 100%), 1fr)); align-items: start; }
+.pair { display: grid; gap: 3px; grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr)); align-items: start; }
 .pictures { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); align-items: start; }
 .picture { position: relative; line-height: 0; }
 .picture img { width: 100%; height: auto; }
-.picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
+.picture svg { position: absolute; inset: 0; width: 100%; height: 100%; filter: drop-shadow(0 0 1px #000); }
+.picture path { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
+.picture text { fill: #fff; font: 600 13px/1 system-ui, sans-serif; paint-order: stroke; stroke: #000; stroke-width: 2px; }
+.picture .thin { stroke-width: 1; opacity: .8; }
+.forced { stroke-dasharray: 7 6; }
+.legend svg { display: inline-block; width: 3rem; height: .8rem; margin: 0 .35rem 0 0; vertical-align: middle; }
+.legend span { display: inline-block; margin-right: 1.2rem; }
+.legend .mark { stroke: var(--text); stroke-width: 2; }
+.legend .thin { stroke-width: 1; }
+@media print {
+  body { max-width: none; padding: 0; font-size: 11pt; }
+  nav, .skip { display: none; }
+  .scroll { overflow: visible; max-height: none; }
+  figure, tr { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  thead th { position: static; }
+  .words td { overflow-wrap: anywhere; }
+  * { print-color-adjust: exact; }
+  details::details-content { content-visibility: visible; height: auto; }
+}
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a browser then loads and runs nothing, whatever slips through
 
@@ -59,26 +108,31 @@ def escape(text: object) -> str:
     return html.escape(shown(text))
 
 
-def page(title: str, body: str) -> str:
-    """The whole file; ``body`` is markup."""
+def page(title: str, body: str, contents: Sequence[tuple[str, str]] = ()) -> str:
+    """The whole file; ``body`` is markup. ``contents``: (id, title) of the sections that stand at its head, with a link past them."""
+    links = "".join(f'<li><a href="#{escape(place)}">{escape(name)}</a></li>' for place, name in contents)
+    head = f'<a class="skip" href="#main">Skip the contents</a>\n<nav aria-label="Contents"><ul>{links}</ul></nav>\n' if contents else ""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n'
-        f"</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+        f'</head>\n<body>\n{head}<main id="main">\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n'
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; the first column names the row, and a row with nothing else heads those below. A large one scrolls by itself."""
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], words: bool = False) -> str:
+    """A table of figures, or of ``words``, which stand at the left; a large one scrolls by itself.
+
+    The first column names the row, and a row with nothing else heads those below.
+    """
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = []
     for first, *others in rows:
         kind = 'scope="row"' if any(others) else f'class="heads" colspan="{len(head)}"'
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in others if any(others))
         lines.append(f"<tr><th {kind}>{escape(first)}</th>{cells}</tr>")
-    label, body = escape(" ".join(head).strip()), "\n".join(lines)
+    label, body, kind = escape(" ".join(head).strip()), "\n".join(lines), ' class="words"' if words else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{top}</tr></thead>\n'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table{kind}><thead><tr>{top}</tr></thead>\n'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -86,6 +140,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def folded(summary: str, lines: Sequence[str]) -> str:
     """Lines that show when their summary is opened."""
     return f"<details><summary>{escape(summary)}</summary><ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul></details>"
+
+
+def line_key(kind: str, text: str) -> str:
+    """One entry of a paragraph or caption of the class ``legend``: a line of the style ``kind``, and what it stands for."""
+    return f'<span><svg viewBox="0 0 48 12" aria-hidden="true"><path class="{kind}" d="M1 6h46"/></svg>{escape(text)}</span>'
 
 
 def bar_chart(caption: str, rows: Sequence[tuple[str, Sequence[float], str]], series: Sequence[str] = ()) -> str:

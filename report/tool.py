@@ -1,0 +1,40 @@
+"""``python -m base report RUN…``: what runs did, as one page that needs no network.
+
+One run: its figures, curves, components, environment and configuration, and, if its data are there, AP a class, detections and
+training images. Several runs, or one with stages: what differs, and how repeated trials are spread.
+"""
+
+import argparse
+from pathlib import Path
+
+from base.errors import UserError
+from base.tools.detector import flags_of_data
+from pages.text import shown
+from report.folder import read_folder, runs_in
+from report.page import one_run, several_runs
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m base report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html; of several runs runs/report.html)")
+    parser.add_argument("--no-pictures", "--no_pictures", dest="pictures", action="store_false",
+                        help="leave out AP a class, detections and training images, which need data, checkpoint and time")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="torch device type for the detections (default: what the backend asks for)")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads of the loader (default: 2)")
+    flags_of_data(parser, " for pictures")
+    flags = parser.parse_args(arguments)
+    folders = list(dict.fromkeys(folder for given in flags.runs for folder in runs_in(given)))
+    runs = [read_folder(folder) for folder in folders]
+    out = flags.out or (flags.runs[0] if len(flags.runs) == 1 else Path("runs")) / "report.html"
+    page = (one_run(runs[0], flags) if len(runs) == 1 else several_runs(runs)).encode()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(page)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
+    for run in runs:
+        for text in run.missing:
+            print(shown(f"{run.name}: {text}"))
+    print(f"page: {out} ({len(page) / 1e6:.2f} MB)")
+    return 0
