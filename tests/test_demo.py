@@ -16,7 +16,7 @@ from tests.conftest import Started
 @pytest.mark.parametrize("name", [name for name in list_backends() if load_backend(name).device in ("auto", "cpu")])
 def test_the_demo_reaches_the_target_and_its_log_is_compliant(tmp_path, name):
     flags = ["--name", name, "--runs_dir", str(tmp_path), "--run_name", "demo"]
-    done = Started(tmp_path, flags, env={"OMP_NUM_THREADS": "2"}).wait_done(seconds=2400)
+    done = Started(tmp_path, flags).wait_done(seconds=2400)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "demo"
     target = read_run(run / "config.yaml").target
