@@ -133,7 +133,8 @@ def test_two_nodes(tmp_path, demo_data):
     assert [d.returncode for d in done] == [0, 0], done
     assert "killed by signal 9; starting again" in done[1].stderr and "starting again" in done[0].stderr
     assert "run folder" in done[0].stdout and "run folder" not in done[1].stdout
-    assert not (tmp_path / "1" / "run").exists()  # only the first rank writes
+    kept = {path.name for path in (tmp_path / "1" / "run").iterdir()}  # only the first rank writes; the rest is for --resume
+    assert kept == {"config.yaml", "environment.json"}
     alone = start_training(tmp_path, demo_data, [*SHORT, *TWO], run="alone").wait_done()
     assert alone.returncode == 0
     assert losses(tmp_path / "0" / "run") == losses(tmp_path / "alone")
