@@ -163,11 +163,12 @@ def test_a_run_on_several_devices_is_refused(run, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.alone
 def test_predictions_beside_measured_steps(tmp_path):
     """1, 2 and 4 processes with Gloo. The bounds are wide, as cores are shared and the machine may be busy: `scale --check` has the figures."""
     rows = averaging.check(rounds=3)
     assert [(row["processes"], row["bucket_mb"]) for row in rows] == [(1, 0), (1, 4), (2, 0), (2, 4), (4, 0), (4, 4)]
     for row in rows:
-        assert 0.1 < row["predicted"] / row["measured"] < 10, row  # beside other tests
+        assert 0.5 < row["predicted"] / row["measured"] < 2, row
         assert row["processes"] == 1 or 1e5 < row["bandwidth"] < 1e12
     assert all(row["predicted"] > row["alone"] for row in rows[2:])
