@@ -1,7 +1,7 @@
 """Default boxes and box arithmetic that every backend shares. NumPy and torch only, on any device."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class DefaultBoxes:
     ltrb: Tensor  # float32 (A, 4); may leave [0, 1], as in MLPerf
     mlperf_order: Tensor  # int64 (A): xywh[mlperf_order] is ordered level, box, row, column
     feature_sizes: tuple[tuple[int, int], ...]  # (rows, columns) of each level
+    mlperf_rank: Tensor = field(init=False)  # int64 (A): where each default box is in the MLPerf order
+
+    def __post_init__(self):
+        object.__setattr__(self, "mlperf_rank", self.mlperf_order.argsort())
 
     def __len__(self) -> int:
         return len(self.xywh)

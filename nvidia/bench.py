@@ -1,8 +1,10 @@
 """Kernels against PyTorch eager and their floor, training steps and whole training from JPEG files, in one run on one GPU.
 
 ``bash nvidia/bench.sh`` runs the tests and then this, and writes ``nvidia/results/<gpu>.md``. Times are of the device, between two
-events around several calls; every case runs once in each round. A floor is the bytes that a kernel must move over the bandwidth of a
-copy, measured in the same run. What cannot be measured reads "not measured", and why.
+events around several calls; every case runs once in each round. Kernels are called from a CUDA graph, as the training step calls them:
+launched one by one from Python, they would wait for it. What cannot be captured, as it waits for the host, is launched, and marked *.
+A floor is the bytes that a kernel must move over the bandwidth of a copy, measured in the same run. What cannot be measured reads "not
+measured", and why.
 """
 
 import argparse
@@ -25,7 +27,9 @@ from base.backends.nvidia.loss import multibox_loss
 from base.backends.nvidia.matcher import match
 from base.backends.nvidia.model import FusedSSD
 from base.backends.nvidia.norm import norm_relu
+from base.backends.nvidia.pool import max_pool
 from base.backends.nvidia.prologue import prologue
+from base.backends.nvidia.stem import stem
 from base.backends.nvidia.step import GraphedStep, build_optimizer, precision
 from base.backends.reference import decoder, loss, matcher, optimizer, step
 from base.backends.reference.model import SSD
@@ -35,7 +39,7 @@ from triton.errors import TritonError
 from base.contracts import Batch, Predictions
 from base.errors import UserError
 from base.tools.bench import machine
-from base.tools.bench_parts import CLASSES, SIZE, STRIDES, truth
+from base.tools.bench_parts import CLASSES, SIZE, STEP_GFLOP, STRIDES, truth
 from data_sets.photographs import make
 
 ROUNDS, BEFORE = 7, 5  # measured calls, and those before: they compile, choose algorithms, capture
@@ -54,8 +58,24 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).replace("|", "/").split())[:200] or type(error).__name__
 
 
-def seconds(cases: dict[str, Case], device: torch.device, least: float = 0.02) -> Times:
-    """Seconds a call of each case, ROUNDS of them, interleaved; each is repeated for ``least`` seconds."""
+def captured(case: Callable[[], object], repeats: int) -> Callable[[], object] | None:
+    """A CUDA graph of so many calls, or None of a case that waits for the host. It has been called before."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(repeats):
+                case()
+    except RuntimeError:  # how torch says so
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def seconds(cases: dict[str, Case], device: torch.device, least: float = 0.02, launched: set[str] | None = None) -> Times:
+    """Seconds a call of each case, ROUNDS of them, interleaved; each is repeated for ``least`` seconds.
+
+    With a set ``launched``, cases are called from a CUDA graph, and the names of those that cannot be are added to it.
+    """
 
     def once(case: Callable[[], object], repeats: int) -> float:
         if device.type != "cuda":
@@ -72,6 +92,7 @@ def seconds(cases: dict[str, Case], device: torch.device, least: float = 0.02) -
         return first.elapsed_time(last) / 1e3 / repeats
 
     rounds, before = (ROUNDS, BEFORE) if device.type == "cuda" else TRIED
+    graphs: dict[str, Callable[[], object]] = {}
     found: Times = {name: case if isinstance(case, str) else [] for name, case in cases.items()}
     repeats = {}
     for name, case in cases.items():
@@ -81,12 +102,19 @@ def seconds(cases: dict[str, Case], device: torch.device, least: float = 0.02) -
             for _ in range(before):
                 case()
             repeats[name] = max(1, min(1000, round(least / max(once(case, 1), 1e-6))))
+            if launched is not None and device.type == "cuda":
+                graph = captured(case, repeats[name])
+                if graph is None:
+                    launched.add(name)
+                else:
+                    graph()
+                    graphs[name] = graph
         except FAILURES as error:
             found[name] = reason(error)
     for _ in range(rounds):
         for name, count in list(repeats.items()):
             try:
-                found[name].append(once(cases[name], count))
+                found[name].append(once(graphs[name], 1) / count if name in graphs else once(cases[name], count))
             except FAILURES as error:
                 found[name] = reason(error)
                 del repeats[name]
@@ -145,11 +173,18 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
         torch.autograd.grad(result, inputs, slope)
 
     weight = torch.randn(64, 3, 7, 7, device=device).requires_grad_()
+    normal = prologue(pictures, dtype)
+    wide_map = torch.randn(images, 64, *(side // 2 for side in SIZE), device=device, dtype=dtype)
+    wide_map = wide_map.to(memory_format=torch.channels_last).requires_grad_()
 
-    def first(channels: int):
-        padded = functional.pad(weight, (0, 0, 0, 0, 0, channels - 3)).to(dtype, memory_format=torch.channels_last)
-        y = functional.conv2d(prologue(pictures, dtype, channels), padded, stride=2, padding=3)
+    def first(convolve: Callable):
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+            y = convolve(normal, weight)
         torch.autograd.grad(y, weight, y.detach())  # an image needs no gradient
+
+    def pooled(pool: Callable):
+        y = pool(wide_map)
+        torch.autograd.grad(y, wide_map, y.detach())
 
     cases = {  # name: (this backend, eager, bytes)
         "prologue": (lambda: prologue(pictures, dtype), lambda: step.normalise(pictures).to(dtype), pictures.numel() * (1 + wide)),
@@ -160,10 +195,15 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
             lambda: backward(loss.multibox_loss(predictions, targets), list(predictions)),
             2 * images * count * (CLASSES + 4) * wide,
         ),
-        "prologue and first convolution, forward and backward (this: 4 channels, one of zeros; eager: 3)": (
-            lambda: first(4),
-            lambda: first(3),
-            pictures.numel() * (1 + 3 * wide) + 2 * images * 64 * (SIZE[0] // 2) * (SIZE[1] // 2) * wide,
+        "first convolution, forward and backward": (
+            lambda: first(stem),
+            lambda: first(lambda x, w: functional.conv2d(x, w, stride=2, padding=3)),
+            2 * (normal.numel() + wide_map.numel()) * wide,
+        ),
+        "pooling, forward and backward": (
+            lambda: pooled(max_pool),
+            lambda: pooled(lambda x: functional.max_pool2d(x, 3, 2, 1)),
+            (2 * wide_map.numel() + wide_map.numel() // 2) * wide,
         ),
         DECODER: (lambda: decode(spiky, boxes, threshold), lambda: decoder.decode(single, boxes, threshold), images * count * CLASSES * wide),
         "norm + add + ReLU, forward and backward": (
@@ -175,11 +215,14 @@ def kernels(device: torch.device, images: int, rate: float) -> tuple[list[str], 
     rows = [f"| kernel, {images} images | ms | eager, ms | eager / this | floor, ms | floor / this |", "| --- | --- | --- | --- | --- | --- |"]
     raw = {}
     for name, (ours, eager, size) in cases.items():
-        times = raw[name] = seconds({"this": ours, "eager": eager}, device)
+        launched: set[str] = set()
+        times = raw[name] = seconds({"this": ours, "eager": eager}, device, launched=launched)
+        own, other = (shown(times[case]) + " *" * (case in launched) for case in ("this", "eager"))
         if name == DECODER and not isinstance(times["eager"], str):
             times["eager"] = [t * images for t in times["eager"]]
+            other = shown(times["eager"]) + " *" * ("eager" in launched)
         floor = size / rate
-        columns = shown(times["this"]), shown(times["eager"]), ratio(times["eager"], times["this"]), f"{floor * 1e3:.3g}", ratio(floor, times["this"])
+        columns = own, other, ratio(times["eager"], times["this"]), f"{floor * 1e3:.3g}", ratio(floor, times["this"])
         rows.append(f"| {name} | {' | '.join(columns)} |")
     return rows, raw
 
@@ -201,11 +244,6 @@ class StepWithoutGraph(GraphedStep):
         return super().__call__(batch, learning_rate)
 
 
-def compiled(**options) -> torch.nn.Module:
-    """This backend's model through torch.compile; without a GPU only traced, for what is made of it there says nothing."""
-    return torch.compile(FusedSSD(**options), backend="inductor" if torch.cuda.is_available() else "aot_eager")
-
-
 def steps(device: torch.device, size: int, images: int, backbone: str) -> dict[str, Callable[[Batch], object] | str]:
     """name → a training step on a batch, or why there is none."""
     built: dict[str, Callable[[Batch], object] | str] = {}
@@ -214,7 +252,6 @@ def steps(device: torch.device, size: int, images: int, backbone: str) -> dict[s
         "eager AMP, channels-last": (SSD, optimizer.build_optimizer, EagerStep, match, multibox_loss),
         THIS: (FusedSSD, build_optimizer, GraphedStep, match, multibox_loss),
         f"{THIS} without graph": (FusedSSD, build_optimizer, StepWithoutGraph, match, multibox_loss),
-        f"{THIS}, compiled model": (compiled, build_optimizer, GraphedStep, match, multibox_loss),
     }
     for name, (model, optimise, kind, matches, losses) in makers.items():
         torch.manual_seed(0)
@@ -229,13 +266,33 @@ def steps(device: torch.device, size: int, images: int, backbone: str) -> dict[s
     return built
 
 
+def profile(train: Callable[[], object], calls: int = 3) -> list[str]:
+    """What a step is made of: milliseconds and calls a step of every kernel on the device, the longest first."""
+    found: dict[str, list[float]] = {}
+    with torch.profiler.profile() as recorded:
+        for _ in range(calls):
+            train()
+        torch.cuda.synchronize()
+    for event in recorded.events():
+        if event.device_type is torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.device_time / 1e3 / calls)
+    longest = sorted(found.items(), key=lambda item: -sum(item[1]))
+    total = sum(map(sum, found.values()))
+    return [f"{total:8.3f} ms a step"] + [f"{sum(times):8.3f} ms {len(times) / calls:6.1f} × {name[:200]}" for name, times in longest]
+
+
+def random_batch(images: int, size: int, device: torch.device) -> Batch:
+    pictures = torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8)
+    return Batch(*(t.to(device) for t in (pictures, *truth(images, 7), torch.arange(images), torch.full((images, 2), size))))
+
+
 def from_files(train: Callable[[Batch], object], folder: Path, name: str, images: int, size: int, workers: int, device: torch.device) -> list[float]:
-    """Images a second of training from JPEG files, epoch by epoch; the first is not counted."""
+    """Images a second of training from JPEG files, epochs of 60 steps with their start; the first is not counted."""
     loaders = importlib.import_module(LOADERS[name])
     given = {"annotation_file": folder / "annotations.json", "image_dir": folder / "images", "image_size": (size, size), "seed": 1}
     loader = loaders.train_loader(**given, batch_size=images, workers=workers)
     rates = []
-    for epoch in range(4):
+    for epoch in range(3):
         loader.set_epoch(epoch)
         began = time.perf_counter()
         for batch in loader:
@@ -257,6 +314,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cuda", help="cpu: only to see that it works, on little work")
     parser.add_argument("--batch", type=int, default=128, help="images of a batch (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=16, help="threads of the loader (default: %(default)s)")
+    parser.add_argument("--profile", type=Path, default=None, help="text file for the kernels of a step of this backend, on a GPU")
     parser.add_argument("--out", type=Path, default=None, help="Markdown file; the raw times go beside it as .json")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -278,18 +336,33 @@ def main(arguments: list[str]) -> int:
     print("\n".join(lines), flush=True)
     save(options.out, lines, {"about": about, "seconds": raw})  # whatever becomes of the rest
 
-    labels = truth(images, 7)
-    batch = Batch(torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8), *labels, torch.arange(images), torch.full((images, 2), size))
     trains = steps(device, size, images, backbone)
-    on_device = Batch(*(t.to(device) for t in batch))
-    cases = {name: train if isinstance(train, str) else lambda train=train: train(on_device) for name, train in trains.items()}
+    batch = random_batch(images, size, device)
+    cases = {name: train if isinstance(train, str) else lambda train=train: train(batch) for name, train in trains.items()}
     times = raw["step"] = seconds(cases, device, least=0.5)
     table = [f"| training step, batch {images}, {backbone} | images/s | this / it |", "| --- | --- | --- |"]
     for name, each in times.items():
         table.append(f"| {name} | {shown(each if isinstance(each, str) else [images / t for t in each], 1)} | {ratio(each, times[THIS])} |")
+    if not small:  # what a larger batch brings
+        train, larger = steps(device, size, 2 * images, backbone)[THIS], random_batch(2 * images, size, device)
+        each = raw["step, twice the batch"] = seconds({THIS: train if isinstance(train, str) else lambda: train(larger)}, device, least=0.5)
+        rates = each[THIS] if isinstance(each[THIS], str) else [2 * images / t for t in each[THIS]]
+        table.append(f"| {THIS}, batch {2 * images} | {shown(rates, 1)} | |")
+        table.append(f"| the matrix product's rate, at {STEP_GFLOP} GFLOP an image | {shown([flops / STEP_GFLOP / 1e9], 1)} | |")
+    asked = ", ".join(f"{name} {value}" for name, value in ASKED.items())
+
+    def say(*rows: str) -> None:
+        """Prints rows of the second table, and saves all that there is, whatever becomes of the rest."""
+        print("\n".join(rows), flush=True)
+        lines.extend(rows)
+        save(options.out, [*lines, "", f"Asked of one H200: {asked}."], {"about": about, "seconds": raw})
+
+    say(*table)
+    if options.profile and not small and callable(cases[THIS]):
+        options.profile.write_text("\n".join(profile(cases[THIS])) + "\n", encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="ssd-bench-") as place:
         folder = Path(place)
-        make(folder, 4 if small else 128, times=1 if small else max(1, 20 * images // 128))
+        make(folder, 4 if small else 128, times=1 if small else max(1, 60 * images // 128))
         for name in LOADERS:
             if name == "reference" and any("files" in case for case in raw):
                 continue  # it stands in where no other works
@@ -299,14 +372,10 @@ def main(arguments: list[str]) -> int:
                     raise UserError(f"{THIS} was not measured")
                 rates = from_files(trains[THIS], folder, name, images, size, workers, device)
             except FAILURES as error:
-                table.append(f"| {row} | not measured ({reason(error)}) | |")
+                say(f"| {row} | not measured ({reason(error)}) | |")
                 continue
             raw[f"from files, {name}"] = {"images/s": rates}
-            table.append(f"| {row} | {shown(rates, 1)} | {ratio(images / median(times[THIS]), rates)} |")
-    print("\n".join(table), flush=True)
-    asked = ", ".join(f"{name} {value}" for name, value in ASKED.items())
-    lines += [*table, "", f"Asked of one H200: {asked}."]
-    save(options.out, lines, {"about": about, "seconds": raw})
+            say(f"| {row} | {shown(rates, 1)} | {ratio(images / median(times[THIS]), rates)} |")
     return 0
 
 

@@ -15,7 +15,7 @@ if [[ ! -x $(command -v "$python") ]]; then
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-device=cuda interpret=0 limit=180
+device=cuda interpret=0 limit=240
 card=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "")')
 results=nvidia/results
 if [[ " $* " =~ " --device"[\ =]"cpu " ]]; then
@@ -35,8 +35,8 @@ if "$python" -c 'import pytest' 2>/dev/null; then
 else
     echo "the kernels were not tested: $python has no pytest" | tee "$results/$card-tests.txt"
 fi
-late=0 # with the tests' five minutes, eight in all; what has been measured by then is kept
-timeout $limit "$python" -m base.backends.nvidia.bench --out "$results/$card.md" "$@" || late=$?
+late=0 # with the tests' five minutes, nine in all; what has been measured by then is kept
+timeout $limit "$python" -m base.backends.nvidia.bench --out "$results/$card.md" --profile "$results/$card-step.txt" "$@" || late=$?
 ((late == 0 || late == 124)) || exit $late
 ((late == 0)) || { echo "error: the bench was ended after $limit s; $results/$card.md has what was measured" >&2; exit 1; }
 ((failed == 0)) || echo "error: tests of the kernels failed, see $results/$card-tests.txt" >&2

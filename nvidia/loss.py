@@ -10,7 +10,8 @@ from base.contracts import Predictions, Targets
 
 from .kernels import LIBRARY, block, on_kernels
 
-ROWS = 16  # default boxes whose logits one program holds
+ROWS = 32  # default boxes whose logits one program holds, which is one warp: its sums need no barrier
+FEW = 8  # of which it may be that none takes part
 WHOLE = 16384  # default boxes of an image that one program looks at together
 RATIO = tl.constexpr(reference.NEGATIVES_PER_POSITIVE)
 
@@ -46,7 +47,7 @@ def multibox_op(offsets: Tensor, logits: Tensor, wanted: Tensor, labels: Tensor)
     positives = torch.empty(images, dtype=torch.int32, device=logits.device)
     if images:
         rows, some = images * count, block(logits, ROWS)
-        cross_entropies[(triton.cdiv(rows, some),)](logits, labels, entropies, rows, classes, some, triton.next_power_of_2(classes))
+        cross_entropies[(triton.cdiv(rows, some),)](logits, labels, entropies, rows, classes, some, triton.next_power_of_2(classes), num_warps=1)
         whole = min(triton.next_power_of_2(count), WHOLE)
         given = offsets, wanted, labels, entropies, losses, chosen, positives
         select[(images,)](*given, count, whole, count <= whole, num_warps=max(1, min(32, whole // 256)))
@@ -67,11 +68,12 @@ def multibox_backward(
     """→ gradients of offsets and logits, in their dtype. Floor: N·A·C gradients, written once: few logits are read again."""
     logits, offsets, wanted, labels, slopes = (t.contiguous() for t in (logits, offsets, wanted, labels, slopes))
     images, count, classes = logits.shape
-    to_offsets, to_logits = torch.empty_like(offsets), torch.empty_like(logits)
+    to_offsets, to_logits = torch.zeros_like(offsets), torch.zeros_like(logits)  # set by the memory itself; few rows are written again
     if images:
         given = slopes, offsets, logits, wanted, labels, chosen, positives, to_offsets, to_logits
-        some = block(logits, ROWS)
-        gradients[(triton.cdiv(images * count, some),)](*given, images * count, count, classes, some, triton.next_power_of_2(classes))
+        some = block(logits, FEW)
+        sizes = images * count, count, classes, some, triton.next_power_of_2(classes)
+        gradients[(triton.cdiv(images * count, some),)](*given, *sizes, num_warps=2)
     return to_offsets, to_logits
 
 
@@ -97,16 +99,17 @@ multibox_op.register_autograd(_differentiate, setup_context=_keep)
 @triton.jit
 def cross_entropies(logits, labels, entropies, rows, classes, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Each row's cross-entropy with its label."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    inside = row < rows
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = first + row < rows
+    logits += first * classes
     x = tl.load(logits + row[:, None] * classes + column[None, :], mask=inside[:, None] & (column[None, :] < classes), other=float("-inf"))
     x = x.to(tl.float32)
-    label = tl.load(labels + row, mask=inside, other=0)
+    label = tl.load(labels + first + row, mask=inside, other=0).to(tl.int32)
     shift = tl.where(inside, tl.max(x, 1), 0.0)
     total = tl.where(inside, tl.sum(tl.exp(x - shift[:, None]), 1), 1.0)
-    own = tl.sum(tl.where(column[None, :] == label[:, None], x, 0.0), 1)
-    tl.store(entropies + row, tl.log(total) + shift - own, mask=inside)
+    own = tl.load(logits + row * classes + label, mask=inside & (label >= 0) & (label < classes), other=0.0).to(tl.float32)
+    tl.store(entropies + first + row, tl.log(total) + shift - own, mask=inside)
 
 
 @triton.jit
@@ -185,28 +188,29 @@ def gradients(
     slopes, offsets, logits, wanted, labels, chosen, positives, to_offsets, to_logits, rows, count, classes,
     ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Gradients of all rows: zero where a default box takes no part, and there nothing but that is read."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    inside = row < rows
-    image = row // count
-    found = tl.load(positives + image, mask=inside, other=0)
-    takes_part = inside & (tl.load(chosen + row, mask=inside, other=0) > 0) & (found > 0)
-    share = tl.load(slopes + image, mask=takes_part, other=0.0) / tl.maximum(found, 1)
-    label = tl.load(labels + row, mask=takes_part, other=0)
-    place = row[:, None] * classes + column[None, :]
-    exists = column[None, :] < classes
-    x = tl.load(logits + place, mask=takes_part[:, None] & exists, other=float("-inf")).to(tl.float32)
-    shift = tl.where(takes_part, tl.max(x, 1), 0.0)
-    powers = tl.exp(x - shift[:, None])
-    softmax = powers / tl.where(takes_part, tl.sum(powers, 1), 1.0)[:, None]
-    slope = (softmax - (column[None, :] == label[:, None]).to(tl.float32)) * share[:, None]
-    slope = tl.where(takes_part[:, None], slope, 0.0)
-    tl.store(to_logits + place, slope.to(to_logits.dtype.element_ty), mask=inside[:, None] & exists)
-    positive = takes_part & (label > 0)
-    k = tl.arange(0, 4)
-    place = row[:, None] * 4 + k[None, :]
-    apart = tl.load(offsets + place, mask=positive[:, None], other=0.0).to(tl.float32)
-    apart -= tl.load(wanted + place, mask=positive[:, None], other=0.0)
-    slope = tl.minimum(tl.maximum(apart, -1.0), 1.0) * share[:, None]
-    tl.store(to_offsets + place, tl.where(positive[:, None], slope, 0.0).to(to_offsets.dtype.element_ty), mask=inside[:, None])
+    """Gradients of the rows that take part. All others are zero already, and of them nothing but that is read."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    inside = first + row < rows
+    takes_part = inside & (tl.load(chosen + first + row, mask=inside, other=0) > 0)
+    if tl.max(takes_part.to(tl.int32), 0) > 0:
+        image = (first + row) // count
+        found = tl.load(positives + image, mask=takes_part, other=0)
+        takes_part = takes_part & (found > 0)
+        share = tl.load(slopes + image, mask=takes_part, other=0.0) / tl.maximum(found, 1)
+        label = tl.load(labels + first + row, mask=takes_part, other=0).to(tl.int32)
+        column = tl.arange(0, WIDTH)
+        place = row[:, None] * classes + column[None, :]
+        exists = takes_part[:, None] & (column[None, :] < classes)
+        x = tl.load(logits + first * classes + place, mask=exists, other=float("-inf")).to(tl.float32)
+        shift = tl.where(takes_part, tl.max(x, 1), 0.0)
+        powers = tl.exp(x - shift[:, None])
+        softmax = powers / tl.where(takes_part, tl.sum(powers, 1), 1.0)[:, None]
+        slope = (softmax - (column[None, :] == label[:, None]).to(tl.float32)) * share[:, None]
+        tl.store(to_logits + first * classes + place, slope.to(to_logits.dtype.element_ty), mask=exists)
+        positive = (takes_part & (label > 0))[:, None]
+        place = row[:, None] * 4 + tl.arange(0, 4)[None, :]
+        apart = tl.load(offsets + first * 4 + place, mask=positive, other=0.0).to(tl.float32)
+        apart -= tl.load(wanted + first * 4 + place, mask=positive, other=0.0)
+        slope = tl.minimum(tl.maximum(apart, -1.0), 1.0) * share[:, None]
+        tl.store(to_offsets + first * 4 + place, slope.to(to_offsets.dtype.element_ty), mask=positive)

@@ -28,11 +28,11 @@ def match(boxes: Tensor, labels: Tensor, default_boxes: DefaultBoxes) -> Targets
         raise ValueError(f"the boxes are on {boxes.device}, and labels or default boxes on {elsewhere.pop()}")
     if not on_kernels(boxes):
         return reference.match(boxes, labels, default_boxes)
-    return Targets(*match_op(boxes.float(), labels.long(), default_boxes.xywh, default_boxes.ltrb, default_boxes.mlperf_order))
+    return Targets(*match_op(boxes.float(), labels.long(), default_boxes.xywh, default_boxes.ltrb, default_boxes.mlperf_rank))
 
 
 @torch.library.custom_op(f"{LIBRARY}::match", mutates_args=())
-def match_op(boxes: Tensor, labels: Tensor, xywh: Tensor, ltrb: Tensor, mlperf_order: Tensor) -> tuple[Tensor, Tensor]:
+def match_op(boxes: Tensor, labels: Tensor, xywh: Tensor, ltrb: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     """→ offsets float32 (N, A, 4), labels int64 (N, A).
 
     Floor: 24 bytes for each default box and image, which it writes, over the memory's bandwidth; default boxes and truth stay
@@ -42,8 +42,6 @@ def match_op(boxes: Tensor, labels: Tensor, xywh: Tensor, ltrb: Tensor, mlperf_o
     (images, most), count = labels.shape, len(xywh)
     offsets = torch.empty(images, count, 4, device=boxes.device)
     classes = torch.empty(images, count, dtype=torch.long, device=boxes.device)
-    rank = torch.empty_like(mlperf_order)
-    rank[mlperf_order] = torch.arange(count, device=boxes.device)
     best = torch.full((images, max(most, 1)), -1, dtype=torch.long, device=boxes.device)
     if images == 0:
         return offsets, classes
@@ -51,13 +49,14 @@ def match_op(boxes: Tensor, labels: Tensor, xywh: Tensor, ltrb: Tensor, mlperf_o
     grid = (triton.cdiv(count, size), images)  # the second may be 65,535 at most
     # Without fused multiply-add an overlap has the reference's bits, so that ties fall alike.
     given = boxes, labels, ltrb.contiguous()
-    find_best[grid](*given, rank, best, most, count, BLOCK=size, enable_fp_fusion=False)
-    assign[grid](*given, xywh.contiguous(), rank, best, offsets, classes, most, count, BLOCK=size, enable_fp_fusion=False)
+    constants = {"BOXES": triton.next_power_of_2(max(most, 1)), "BLOCK": size, "enable_fp_fusion": False}
+    find_best[grid](*given, rank, best, most, count, **constants)
+    assign[grid](*given, xywh.contiguous(), rank, best, offsets, classes, most, count, **constants)
     return offsets, classes
 
 
 @match_op.register_fake
-def _(boxes, labels, xywh, ltrb, mlperf_order):
+def _(boxes, labels, xywh, ltrb, rank):
     shape = len(boxes), len(xywh)
     return boxes.new_empty(*shape, 4, dtype=torch.float32), boxes.new_empty(shape, dtype=torch.long)
 
@@ -76,13 +75,20 @@ def overlaps(left, top, right, bottom, defaults, number, inside):
 
 
 @triton.jit
-def find_best(boxes, labels, defaults, rank, best, most, count, BLOCK: tl.constexpr):
+def last_of(labels, most, BOXES: tl.constexpr):
+    """How many of an image's places for boxes one has to look at: what follows is padding."""
+    number = tl.arange(0, BOXES)
+    return tl.max(tl.where(tl.load(labels + number, mask=number < most, other=0) > 0, number + 1, 0), 0)
+
+
+@triton.jit
+def find_best(boxes, labels, defaults, rank, best, most, count, BOXES: tl.constexpr, BLOCK: tl.constexpr):
     """For each box the highest overlap, and the lowest rank with it: together one number, of which the largest wins."""
     image = tl.program_id(1).to(tl.int64)
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = number < count
     order = tl.load(rank + number, mask=inside, other=0)
-    for m in range(most):
+    for m in range(last_of(labels + image * most, most, BOXES)):
         here = image * most + m
         if tl.load(labels + here) > 0:
             box = boxes + 4 * here
@@ -92,7 +98,7 @@ def find_best(boxes, labels, defaults, rank, best, most, count, BLOCK: tl.conste
 
 
 @triton.jit
-def assign(boxes, labels, defaults, xywh, rank, best, offsets, classes, most, count, BLOCK: tl.constexpr):
+def assign(boxes, labels, defaults, xywh, rank, best, offsets, classes, most, count, BOXES: tl.constexpr, BLOCK: tl.constexpr):
     """Each default box takes the box that overlaps it most, if by more than half, or the last that it is the best for."""
     image = tl.program_id(1).to(tl.int64)
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -101,7 +107,7 @@ def assign(boxes, labels, defaults, xywh, rank, best, offsets, classes, most, co
     most_overlap = tl.full((BLOCK,), 0.5, tl.float32)
     chosen = tl.full((BLOCK,), -1, tl.int32)
     forced = tl.full((BLOCK,), -1, tl.int32)
-    for m in range(most):
+    for m in range(last_of(labels + image * most, most, BOXES)):
         here = image * most + m
         if tl.load(labels + here) > 0:
             box = boxes + 4 * here

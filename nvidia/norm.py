@@ -15,9 +15,9 @@ from .kernels import LIBRARY, on_kernels
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 CHANNELS = 128  # channels of one program, at most: with fewer, its rows are whole and one stretch of memory
-SUMMED, MAPPED = 4096, 8192  # numbers that a program holds at a time, where it adds up and where it does not
+MOMENTS, SLOPES, MAPPED = 4096, 2048, 4096  # numbers that a program holds at a time: where it adds up x, and slopes, and where it does not
 PROGRAMS = 512  # that add up: about four for each multiprocessor of a large GPU, all running at once, whatever the GPU
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}
+SUMMING, MAPPING = ({"num_warps": warps, "enable_fp_fusion": True} for warps in (8, 4))
 FINISHED = 8, 256  # channels of one program of the second stage, and partial sums that it holds at a time
 
 # How the backward pass knows the sign of a ReLU's input: there was none; it is found again from x; by the output's sign.
@@ -32,8 +32,12 @@ def fits(norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> bool:
     return plain and fit and same and norm.weight.dtype is torch.float32 and norm.weight.device == x.device
 
 
-def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, relu: bool, group: dist.ProcessGroup | None = None) -> Tensor:
+def norm_relu(
+    norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, relu: bool, group: dist.ProcessGroup | None = None, twice: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """ReLU(norm(x) + shortcut) of (N, C, H, W), in channels-last memory; the running statistics change as torch's do.
+
+    ``twice``: the same tensor for each of two that take it. Behind a shortcut and ReLU their gradients are added where they are read.
 
     With a ``group`` of processes, whose batches must be equally large, statistics are those of all their batches together
     (group batch norm); gradients of weight and bias are this process's share of the sum. Where nothing here applies torch
@@ -48,15 +52,18 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, shortcut: Tensor | None, relu: bo
         if norm.training and ranks > 1:
             raise ValueError(f"batch norm over {ranks} processes needs a GPU, and x is on {x.device}")
         y = norm(x) if shortcut is None else norm(x) + shortcut
-        return y.relu() if relu else y
+        y = y.relu() if relu else y
+        return (y, y) if twice else y
     if not norm.training:
-        return norm_apply(x, shortcut, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, relu)
+        y = norm_apply(x, shortcut, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, relu)
+        return (y, y) if twice else y
     norm.num_batches_tracked += 1
     if ranks == 1:
         mean, variance = norm_statistics(x.detach(), norm.running_mean, norm.running_var, norm.momentum)
     else:
         mean, variance = _group_statistics(norm, x.detach(), group, ranks)
-    return _NormReLU.apply(x, shortcut, mean, variance, norm.weight, norm.bias, norm.eps, relu, group, ranks)
+    y, again = _NormReLU.apply(x, shortcut, mean, variance, norm.weight, norm.bias, norm.eps, relu, group, ranks)
+    return (y, again) if twice else y
 
 
 def _group_statistics(norm: nn.BatchNorm2d, x: Tensor, group: dist.ProcessGroup, ranks: int) -> tuple[Tensor, Tensor]:
@@ -72,6 +79,29 @@ def _group_statistics(norm: nn.BatchNorm2d, x: Tensor, group: dist.ProcessGroup,
     return mean.float(), variance.float()
 
 
+def bias_relu(x: Tensor, bias: Tensor) -> Tensor:
+    """ReLU(x + bias) of (N, C, H, W) and (C), in x's dtype and channels-last memory: what follows a convolution without a norm."""
+    return _BiasReLU.apply(x, bias.float())
+
+
+class _BiasReLU(torch.autograd.Function):
+    """The kernels of a norm whose mean is 0 and whose scale is 1."""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        zero, one = torch.zeros_like(bias), torch.ones_like(bias)
+        y = norm_apply(x, None, zero, one, one, bias, 0.0, True)
+        ctx.save_for_backward(y, zero, one)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        y, zero, one = ctx.saved_tensors
+        sums, _, passed = norm_sums(slope, y, y, zero, one, one, zero, 0.0, True)
+        return passed, sums[0]
+
+
 class _NormReLU(torch.autograd.Function):
     """The kernels with their gradient; an all-reduce stands between them, so that it is no single operator."""
 
@@ -80,14 +110,19 @@ class _NormReLU(torch.autograd.Function):
         y = norm_apply(x, shortcut, mean, variance, weight, bias, epsilon, relu)
         ctx.save_for_backward(x, y if relu and shortcut is not None else None, mean, variance, weight, bias)
         ctx.epsilon, ctx.relu, ctx.has_shortcut, ctx.group, ctx.ranks = epsilon, relu, shortcut is not None, group, ranks
-        return y
+        ctx.set_materialize_grads(False)
+        return y, y.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, slope):
+    def backward(ctx, slope, other):
         x, y, mean, variance, weight, bias = ctx.saved_tensors
+        if slope is None or other is None:
+            slope, other = other if slope is None else slope, None
+        elif y is None:
+            slope, other = slope + other, None
         slope = _rows(slope)
-        sums, to_weight, passed = norm_sums(slope, x, y, mean, variance, weight, bias, ctx.epsilon, ctx.relu)
+        sums, to_weight, passed = norm_sums(slope, x, y, mean, variance, weight, bias, ctx.epsilon, ctx.relu, other)
         to_bias = sums[0].clone()
         if ctx.ranks > 1:
             dist.all_reduce(sums, group=ctx.group)
@@ -120,9 +155,9 @@ def _per_channel(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(*shape, x.shape[1], device=x.device)
 
 
-def _partial(x: Tensor) -> tuple[tuple[int, int], Tensor, int]:
+def _partial(x: Tensor, numbers: int) -> tuple[tuple[int, int], Tensor, int]:
     """The grid that adds up all rows of x, room for its partial sums (2, parts, C), and the parts."""
-    rows, count, block, channels = _blocks(x, SUMMED)
+    rows, count, block, channels = _blocks(x, numbers)
     across = triton.cdiv(count, channels)
     parts = min(triton.cdiv(rows, block), max(1, PROGRAMS // across))
     return (parts, across), _per_channel(x, 2, parts), parts
@@ -136,8 +171,8 @@ def norm_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, moment
     """
     x = _rows(x)
     mean, variance = _per_channel(x), _per_channel(x)
-    grid, partial, parts = _partial(x)
-    add_moments[grid](x, partial, *_blocks(x, SUMMED), **LAUNCH)
+    grid, partial, parts = _partial(x, MOMENTS)
+    add_moments[grid](x, partial, *_blocks(x, MOMENTS), **SUMMING)
     rows, count = x.numel() // x.shape[1], x.shape[1]
     given = x, partial, mean, variance, running_mean, running_var, momentum, rows / max(rows - 1, 1)
     finish_moments[(triton.cdiv(count, FINISHED[0]),)](*given, rows, count, parts, momentum != 0, *FINISHED, enable_fp_fusion=True)
@@ -159,7 +194,7 @@ def norm_apply(
     grid = triton.cdiv(rows, block), triton.cdiv(count, channels)
     added = x if shortcut is None else _rows(shortcut)
     given = x, added, mean, variance, weight, bias, y, epsilon
-    apply[grid](*given, rows, count, block, channels, shortcut is not None, relu, **LAUNCH)
+    apply[grid](*given, rows, count, block, channels, shortcut is not None, relu, **MAPPING)
     return y
 
 
@@ -170,27 +205,29 @@ def _(x, shortcut, mean, variance, weight, bias, epsilon, relu):
 
 @torch.library.custom_op(f"{LIBRARY}::norm_sums", mutates_args=())
 def norm_sums(
-    slope: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, epsilon: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    slope: Tensor, x: Tensor, y: Tensor | None, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, epsilon: float, relu: bool,
+    other: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """→ (2, C) sums over all rows of the gradient behind the ReLU and of its product with x - mean; the gradient of the weight;
-    and, where the output ``y`` is given, the gradient behind the ReLU, else nothing, of shape (0).
+    and, where the output ``y`` is given, the gradient behind the ReLU, else nothing, of shape (0). Of two that took the output the
+    slopes, ``slope`` and ``other``, are added here; then ``y`` must be given.
 
-    Floor: 2 tensors' bytes, 4 with ``y``, over the memory's bandwidth.
+    Floor: 2 tensors' bytes, 4 with ``y``, one more with ``other``, over the memory's bandwidth.
     """
     x, slope = _rows(x), _rows(slope)
     mode = ALL if not relu else AGAIN if y is None else OUTPUT
     passed = x.new_empty(0) if y is None else _like(x)
     sums, to_weight = _per_channel(x, 2), _per_channel(x)
-    grid, partial, parts = _partial(x)
-    given = slope, x, x if y is None else _rows(y), mean, variance, weight, bias, partial, passed, epsilon
-    add_slopes[grid](*given, *_blocks(x, SUMMED), mode.value, **LAUNCH)
+    grid, partial, parts = _partial(x, SLOPES)
+    given = slope, slope if other is None else _rows(other), x, x if y is None else _rows(y), mean, variance, weight, bias, partial, passed, epsilon
+    add_slopes[grid](*given, *_blocks(x, SLOPES), mode.value, other is not None, **SUMMING)
     count = x.shape[1]
     finish_slopes[(triton.cdiv(count, FINISHED[0]),)](partial, variance, sums, to_weight, epsilon, count, parts, *FINISHED, enable_fp_fusion=True)
     return sums, to_weight, passed
 
 
 @norm_sums.register_fake
-def _(slope, x, y, mean, variance, weight, bias, epsilon, relu):
+def _(slope, x, y, mean, variance, weight, bias, epsilon, relu, other=None):
     return mean.new_empty(2, x.shape[1]), torch.empty_like(mean), x.new_empty(0) if y is None else _like(x)
 
 
@@ -206,7 +243,7 @@ def norm_to_input(
     rows, count, block, channels = _blocks(x, MAPPED)
     grid = triton.cdiv(rows, block), triton.cdiv(count, channels)
     given = slope, x, mean, variance, weight, bias, sums, to_x, epsilon, 1 / (rows * ranks)
-    to_input[grid](*given, rows, count, block, channels, (AGAIN if again else ALL).value, **LAUNCH)
+    to_input[grid](*given, rows, count, block, channels, (AGAIN if again else ALL).value, **MAPPING)
     return to_x
 
 
@@ -234,10 +271,11 @@ def add_moments(x, partial, rows, count, ROWS: tl.constexpr, CHANNELS: tl.conste
     pivot = pivot_of(x, channel, exists)[None, :]
     first = tl.zeros((ROWS, CHANNELS), tl.float32)
     second = tl.zeros((ROWS, CHANNELS), tl.float32)
+    place = tl.arange(0, ROWS)[:, None] * count + channel[None, :]
     for block in range(part, tl.cdiv(rows, ROWS), parts):
-        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (row < rows)[:, None] & exists[None, :]
-        value = tl.load(x + row[:, None] * count + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = (block * ROWS + tl.arange(0, ROWS) < rows)[:, None] & exists[None, :]
+        start = tl.cast(block, tl.int64) * (ROWS * count)
+        value = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32)
         apart = tl.where(inside, value - pivot, 0.0)
         first += apart
         second += apart * apart
@@ -294,24 +332,24 @@ def apply(
     RELU: tl.constexpr
 ):  # fmt: skip
     """y of a block. Floor: the bytes of x, y and the shortcut, if there is one."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < count
-    inside = (row < rows)[:, None] & exists[None, :]
-    place = row[:, None] * count + channel[None, :]
+    inside = (tl.program_id(0) * ROWS + tl.arange(0, ROWS) < rows)[:, None] & exists[None, :]
+    start = tl.program_id(0).to(tl.int64) * (ROWS * count)
+    place = tl.arange(0, ROWS)[:, None] * count + channel[None, :]
     middle, scale, summand = line_of(mean, variance, weight, bias, channel, exists, epsilon)
-    z = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - middle) * scale + summand
+    z = (tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32) - middle) * scale + summand
     if ADD:
-        z += tl.load(shortcut + place, mask=inside, other=0.0).to(tl.float32)
+        z += tl.load(shortcut + start + place, mask=inside, other=0.0).to(tl.float32)
     if RELU:
         z = tl.where(z < 0, 0.0, z)  # what is not a number passes, as in torch
-    tl.store(y + place, z.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + start + place, z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def add_slopes(
-    slope, x, y, mean, variance, weight, bias, partial, passed, epsilon, rows, count, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-    MODE: tl.constexpr
+    slope, other, x, y, mean, variance, weight, bias, partial, passed, epsilon, rows, count, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    MODE: tl.constexpr, TWO: tl.constexpr
 ):  # fmt: skip
     """partial (2, parts, C): the sums over part p of the rows of the gradient g behind the ReLU and of g · (x - mean).
 
@@ -324,17 +362,19 @@ def add_slopes(
     middle, scale, summand = line_of(mean, variance, weight, bias, channel, exists, epsilon)
     first = tl.zeros((ROWS, CHANNELS), tl.float32)
     second = tl.zeros((ROWS, CHANNELS), tl.float32)
+    place = tl.arange(0, ROWS)[:, None] * count + channel[None, :]
     for block in range(part, tl.cdiv(rows, ROWS), parts):
-        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (row < rows)[:, None] & exists[None, :]
-        place = row[:, None] * count + channel[None, :]
-        apart = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - middle
-        g = tl.load(slope + place, mask=inside, other=0.0).to(tl.float32)
+        inside = (block * ROWS + tl.arange(0, ROWS) < rows)[:, None] & exists[None, :]
+        start = tl.cast(block, tl.int64) * (ROWS * count)
+        apart = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32) - middle
+        g = tl.load(slope + start + place, mask=inside, other=0.0).to(tl.float32)
+        if TWO:
+            g += tl.load(other + start + place, mask=inside, other=0.0).to(tl.float32)
         if MODE == AGAIN:
             g = tl.where(apart * scale + summand <= 0, 0.0, g)
         if MODE == OUTPUT:
-            g = tl.where(tl.load(y + place, mask=inside, other=0.0).to(tl.float32) <= 0, 0.0, g)
-            tl.store(passed + place, g.to(passed.dtype.element_ty), mask=inside)
+            g = tl.where(tl.load(y + start + place, mask=inside, other=0.0).to(tl.float32) <= 0, 0.0, g)
+            tl.store(passed + start + place, g.to(passed.dtype.element_ty), mask=inside)
         first += g
         second += g * apart  # outside, g is 0
     to = partial + part * count + channel
@@ -361,17 +401,17 @@ def to_input(
     MODE: tl.constexpr
 ):  # fmt: skip
     """scale · (g - mean of g - (x - mean) / (variance + epsilon) · mean of g · (x - mean)) of a block. Floor: 3 tensors' bytes."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     exists = channel < count
-    inside = (row < rows)[:, None] & exists[None, :]
-    place = row[:, None] * count + channel[None, :]
+    inside = (tl.program_id(0) * ROWS + tl.arange(0, ROWS) < rows)[:, None] & exists[None, :]
+    start = tl.program_id(0).to(tl.int64) * (ROWS * count)
+    place = tl.arange(0, ROWS)[:, None] * count + channel[None, :]
     middle, scale, summand = line_of(mean, variance, weight, bias, channel, exists, epsilon)
     spread = tl.load(variance + channel, mask=exists, other=1.0) + epsilon
     level = (tl.load(sums + channel, mask=exists, other=0.0) * share)[None, :]
     tilt = (tl.load(sums + count + channel, mask=exists, other=0.0) * share / spread)[None, :]
-    apart = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - middle
-    g = tl.load(slope + place, mask=inside, other=0.0).to(tl.float32)
+    apart = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32) - middle
+    g = tl.load(slope + start + place, mask=inside, other=0.0).to(tl.float32)
     if MODE == AGAIN:
         g = tl.where(apart * scale + summand <= 0, 0.0, g)
-    tl.store(to_x + place, (scale * (g - level - apart * tilt)).to(to_x.dtype.element_ty), mask=inside)
+    tl.store(to_x + start + place, (scale * (g - level - apart * tilt)).to(to_x.dtype.element_ty), mask=inside)

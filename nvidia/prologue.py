@@ -55,13 +55,18 @@ def _(images, dtype, channels, flips=None):
 @triton.jit
 def normalise_bytes(images, flips, out, count, height, width, CHANNELS: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr):
     """A block of the output's numbers, each from its byte; of a mirrored image from that of the same row's other end."""
-    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    pixel, channel = number // CHANNELS, number % CHANNELS
-    real = (number < count) & (channel < 3)
-    if FLIP:
-        mirrored = tl.load(flips + pixel // (height * width), mask=number < count, other=0)
-        pixel = tl.where(mirrored, pixel + width - 1 - 2 * (pixel % width), pixel)
-    x = tl.load(images + pixel * 3 + channel, mask=real, other=0).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    number = start + tl.arange(0, BLOCK)
+    if CHANNELS == 3 and not FLIP:  # bytes and numbers lie alike: whole vectors are read
+        channel = ((start % 3).to(tl.int32) + tl.arange(0, BLOCK)) % 3
+        x = tl.load(images + start + tl.arange(0, BLOCK), mask=number < count, other=0).to(tl.float32)
+    else:
+        pixel, channel = number // CHANNELS, number % CHANNELS
+        real = (number < count) & (channel < 3)
+        if FLIP:
+            mirrored = tl.load(flips + pixel // (height * width), mask=number < count, other=0)
+            pixel = tl.where(mirrored, pixel + width - 1 - 2 * (pixel % width), pixel)
+        x = tl.load(images + pixel * 3 + channel, mask=real, other=0).to(tl.float32)
     scale = tl.where(channel == 0, SCALE_R, tl.where(channel == 1, SCALE_G, SCALE_B))
     shift = tl.where(channel == 0, SHIFT_R, tl.where(channel == 1, SHIFT_G, SHIFT_B))
     y = tl.where(channel < 3, x * scale + shift, 0.0)

@@ -65,7 +65,15 @@ class SSD(nn.Module):
     def forward(self, images: Tensor) -> Predictions:
         levels = [self.features(images)]
         for block in self.extras:
-            levels.append(block(levels[-1]))
+            levels.append(self.apply_extra(block, levels[-1]))
+        return self.apply_heads(levels)
+
+    def apply_extra(self, block: nn.Sequential, x: Tensor) -> Tensor:
+        """An additional block: two convolutions, each with a bias and ReLU; backends fuse the latter."""
+        return block(x)
+
+    def apply_heads(self, levels: list[Tensor]) -> Predictions:
+        """All heads on their levels (N, C, rows, columns); backends fuse them."""
         offsets = [boxes_last(self.apply_head(head, level), 4) for head, level in zip(self.offset_heads, levels, strict=True)]
         logits = [boxes_last(self.apply_head(head, level), self.num_classes) for head, level in zip(self.class_heads, levels, strict=True)]
         return Predictions(torch.cat(offsets, 1), torch.cat(logits, 1))
@@ -73,19 +81,26 @@ class SSD(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """The backbone's level, as torchvision's ResNet computes it."""
         net = self.backbone
-        x = net.maxpool(self.apply_norm(net.bn1, net.conv1(images)))
+        x = shortcut = self.apply_pool(net.maxpool, self.apply_norm(net.bn1, self.apply_stem(net.conv1, images)))
         for block in (*net.layer1, *net.layer2, *net.layer3):
-            shortcut = x
             if block.downsample is not None:
                 convolution, norm = block.downsample
-                shortcut = self.apply_norm(norm, convolution(x), relu=False)
+                shortcut = self.apply_norm(norm, convolution(shortcut), relu=False)
             x = self.apply_norm(block.bn1, block.conv1(x))
             if hasattr(block, "conv3"):
                 x = self.apply_norm(block.bn2, block.conv2(x))
-                x = self.apply_norm(block.bn3, block.conv3(x), shortcut)
+                x, shortcut = self.apply_join(block.bn3, block.conv3(x), shortcut)
             else:
-                x = self.apply_norm(block.bn2, block.conv2(x), shortcut)
+                x, shortcut = self.apply_join(block.bn2, block.conv2(x), shortcut)
         return x
+
+    def apply_stem(self, convolution: nn.Conv2d, images: Tensor) -> Tensor:
+        """The first convolution, 7×7 at stride 2 on three channels; backends give it a shape that their units like."""
+        return convolution(images)
+
+    def apply_pool(self, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+        """The only pooling, 3×3 at stride 2; backends may know a faster one."""
+        return pool(x)
 
     def apply_norm(self, norm: nn.Module, x: Tensor, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
         """Batch norm, then the shortcut's addition and ReLU; backends fuse them."""
@@ -93,6 +108,11 @@ class SSD(nn.Module):
         if shortcut is not None:
             x += shortcut
         return functional.relu_(x) if relu else x
+
+    def apply_join(self, norm: nn.Module, x: Tensor, shortcut: Tensor) -> tuple[Tensor, Tensor]:
+        """A block's end, for the two that take it, the next block's first convolution and its shortcut: backends fuse their gradients' sum."""
+        x = self.apply_norm(norm, x, shortcut)
+        return x, x
 
     def apply_head(self, head: nn.Conv2d, level: Tensor) -> Tensor:
         """A head's 3×3 convolution; backends may know a faster backward pass."""

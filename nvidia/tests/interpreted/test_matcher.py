@@ -39,7 +39,7 @@ def test_batches_without_boxes():
 def test_the_operator_is_as_torch_wants_it():
     boxes, labels = truth(2, 3, 0)
     defaults = default_boxes((96, 96), LEVELS).to(DEVICE)
-    torch.library.opcheck(match_op, (boxes, labels, defaults.xywh, defaults.ltrb, defaults.mlperf_order))
+    torch.library.opcheck(match_op, (boxes, labels, defaults.xywh, defaults.ltrb, defaults.mlperf_rank))
 
 
 def test_shapes_that_do_not_fit_are_refused():

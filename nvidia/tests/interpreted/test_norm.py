@@ -62,7 +62,8 @@ def test_results_and_gradients_equal_torchs(shape, dtype, with_shortcut, relu):
 def test_many_blocks_of_rows_in_few_programs(with_shortcut, monkeypatch):
     """As it is for many rows: a program adds up several blocks, and there are more partial sums than are added at once."""
     monkeypatch.setattr(module, "PROGRAMS", 6)
-    monkeypatch.setattr(module, "SUMMED", 64)
+    monkeypatch.setattr(module, "MOMENTS", 64)
+    monkeypatch.setattr(module, "SLOPES", 64)
     monkeypatch.setattr(module, "FINISHED", (4, 2))
     norm, x, shortcut, slope = given((2, 11, 9, 7))
     wide = copy.deepcopy(norm).double()
@@ -86,6 +87,22 @@ def test_any_memory_format(with_shortcut):
         y = to(own, *leaves, *[None] * (not with_shortcut), True)
         result += [y, *torch.autograd.grad(y.sum(), [*leaves, own.weight, own.bias])]
     assert all(apart(got, want) < 1e-5 or (got - want).abs().max() < 1e-5 for got, want in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("with_shortcut", [True, False])
+@pytest.mark.parametrize("takers", ["both", "first", "second"])
+def test_two_that_take_the_output(with_shortcut, takers):
+    """Their gradients are added; of one alone it is that."""
+    norm, x, shortcut, slope = given((2, 20, 6, 5))
+    wide, inputs = copy.deepcopy(norm).double(), [x, shortcut][: 1 + with_shortcut]
+    leaves, doubles = ([t.to(kind).detach().requires_grad_() for t in inputs] for kind in (torch.float32, torch.float64))
+    first, second = norm_relu(norm, *leaves, *[None] * (not with_shortcut), True, twice=True)
+    want = plain(wide, *doubles, *[None] * (not with_shortcut), True)
+    factors = {"both": (1.0, -3.0), "first": (1.0, 0.0), "second": (0.0, -3.0)}[takers]
+    used = [(y, factor * slope) for y, factor in zip((first, second), factors, strict=True) if factor]
+    found = torch.autograd.grad([y for y, _ in used], [*leaves, norm.weight, norm.bias], [s for _, s in used])
+    expected = torch.autograd.grad(want, [*doubles, wide.weight, wide.bias], sum(factors) * slope.double())
+    assert all(apart(*pair) < 1e-5 for pair in zip(found, expected, strict=True))
 
 
 def test_evaluation_takes_the_running_statistics():
