@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from tests.test_loader import picture, pure, samples, write_coco
+from tests.small_data import picture, pure, samples, write_coco
 
 COPIES = 60  # of one image in a data set, so that an epoch gives many samples of it
 BOUNDS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, -math.inf)  # None: the whole image
