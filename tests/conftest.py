@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device(os.environ.get("SSD_TEST_DEVICE", "cpu"))  # where components are tested
 torch.backends.cudnn.allow_tf32 = False  # float32 is held to float32's figures, wherever it is computed
 GOLDEN = Path(__file__).parent / "golden"
-COMPONENT_TESTS = [f"tests/test_{part}.py" for part in ("model", "matcher", "loss", "decoder", "step", "evaluator")]
+COMPONENTS = ("model", "matcher", "loss", "decoder", "step", "evaluator")
 
 
 def runs_here(name: str) -> bool:
@@ -33,6 +33,11 @@ def runs_here(name: str) -> bool:
     if chosen := os.environ.get("SSD_TEST_BACKENDS"):
         return name in chosen.split()
     return load_backend(name).device in ("auto", DEVICE.type)
+
+
+def files_on(subject: str) -> list[str]:
+    """The files of tests on a subject, such as `loader`; on `components`, those of all that are no loader."""
+    return [f"tests/test_{name}.py" for name in (COMPONENTS if subject == "components" else (subject,))]
 
 
 @pytest.fixture(scope="session", params=[name for name in list_backends() if runs_here(name)])

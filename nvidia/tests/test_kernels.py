@@ -12,11 +12,11 @@ import pytest
 import torch
 import triton
 
-from tests.conftest import COMPONENT_TESTS
+from tests.conftest import files_on
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [file for file in sorted((Path(__file__).parent / "interpreted").glob("test_*.py")) if file.stem != "test_step"]  # which needs a GPU
-ON_KERNELS = [f"tests/test_{part}.py" for part in ("matcher", "loss", "decoder")]
+ON_KERNELS = [file for part in ("matcher", "loss", "decoder") for file in files_on(part)]
 
 
 def release(module) -> tuple[int, int]:
@@ -64,7 +64,6 @@ def test_what_every_backend_must_do_in_the_interpreter():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", ["components", "loader", "augment", "weights", "verify"])
-def test_what_every_backend_must_do_on_the_cpu(file):
-    files = COMPONENT_TESTS if file == "components" else [f"tests/test_{file}.py"]
-    assert passed(*files, "-k", "nvidia", interpreted=False) > 3
+@pytest.mark.parametrize("subject", ["components", "loader", "augment", "weights", "verify"])
+def test_what_every_backend_must_do_on_the_cpu(subject):
+    assert passed(*files_on(subject), "-k", "nvidia", interpreted=False) > 3
