@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from base.contracts import Batch
@@ -60,6 +61,16 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+@st.composite
+def ltrb(draw) -> list[float]:
+    """A box as the index may give it: within [0, 1] and, in 32 bits, not empty; often thin, often at an edge."""
+    edges = st.floats(0, 1, width=32)
+    near = st.sampled_from([0.0, 1.0, 0.5, 0.25]) | edges
+    thin = st.sampled_from([2.0**-149, 1e-9, 1e-7, 1e-3])
+    (a, c), (b, d) = (sorted((x := draw(near), draw(near | thin.map(lambda t, x=x: min(1.0, x + t))))) for _ in range(2))
+    return [a, b, c, d]
 
 
 def training(backend, data: dict, **changes):
