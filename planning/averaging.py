@@ -1,4 +1,4 @@
-"""What ranks send in a training step, what sending costs on this machine, and `planning.scaling` beside steps that really average."""
+"""What ranks send in a training step, what sending costs on this machine, and `planning.formulas` beside steps that really average."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ from base.contracts import Batch
 from base.distributed import Ranks
 from base.tools.bench_parts import truth
 from base.tools.ranks import on_ranks
-from planning.scaling import Link, Network, Work, fitted
+from planning.formulas import Link, Network, Work, fitted
 
 BACKWARD = 63.03 / 94.75  # of a step: GFLOP of SSD300-ResNet34's backward pass, of forward and backward together
 SIZES = tuple(1 << power for power in (12, 16, 20, 22, 24, 25))  # bytes that a link is measured with
