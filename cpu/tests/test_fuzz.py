@@ -133,6 +133,6 @@ def test_native_code_loses_no_memory(sanitized):
 @pytest.mark.long
 def test_the_other_tests_of_native_code_under_sanitizers(sanitized):
     files = [*(str(CPU / "tests" / f"test_{name}.py") for name in ("images", "coco", "norm")), *files_on("components"), *files_on("golden")]
-    selected = "cpu and not (coco_model or model_golden or a_model)"  # of which each takes minutes
+    selected = "cpu and not (coco_model or model_golden or a_model)"  # whole models take long under sanitizers, most of it in torch
     printed = run([sys.executable, "-m", "pytest", "-x", *files, "-k", selected, "-p", "no:cacheprovider"], 500, **sanitized)
     assert int(re.search(r"(\d+) passed", printed)[1]) > 100
