@@ -25,7 +25,8 @@ from typing import Any
 from base.backends import DEFAULT_BACKEND, backend_folder
 from base.errors import UserError
 from data_sets import layout
-from data_sets.download import GB, Transfer, fetch_dataset, locked
+from data_sets.download import fetch_dataset, locked
+from data_sets.transfer import GB, Transfer
 
 ROOT = Path(__file__).resolve().parent
 INSTALL_BYTES = 9e9  # torch with NVIDIA's libraries: 3 GB of wheels in pip's cache, 5.7 GB installed

@@ -1,1 +1,1 @@
-"""The benchmark itself: contracts, configuration, data, the training loop, evaluation and records, for any accelerator."""
+"""The benchmark itself: contracts, configuration, the training loop, evaluation and records, for any accelerator."""

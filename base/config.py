@@ -192,7 +192,7 @@ def resolve(folder: Path, name: str, overrides: Mapping[str, Any] | None = None)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for path in reversed(_chain(folder, name)):
-        for key, value in _read(path).items():
+        for key, value in read_mapping(path).items():
             if key != "extends":
                 values[key], sources[key] = value, str(path)
     if counts := COUNTS.fullmatch(name):
@@ -218,7 +218,7 @@ def with_layout(resolved: Resolved, log: Callable[[str], None]) -> Resolved:
 
 def read_run(path: Path) -> Config:
     """The configuration that a run's folder keeps."""
-    values = _read(path)
+    values = read_mapping(path)
     return validate(values, dict.fromkeys(values, str(path)))
 
 
@@ -296,7 +296,7 @@ def _find(folder: Path, name: str, below: Path | None = None) -> Path:
 def _chain(folder: Path, name: str) -> list[Path]:
     """The file and its parents, nearest first."""
     chain = [_find(folder, name)]
-    while (parent := _read(chain[-1]).get("extends")) is not None:
+    while (parent := read_mapping(chain[-1]).get("extends")) is not None:
         path = _find(folder, parent, chain[-1])
         if path in chain:
             raise UserError(f"configurations extend each other in a ring: {' → '.join(p.stem for p in (*chain, path))}")
@@ -304,7 +304,8 @@ def _chain(folder: Path, name: str) -> list[Path]:
     return chain
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A small file of YAML 1.2 or JSON that holds names and values. Raises UserError naming the file if it is none."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -27,7 +27,7 @@ else
         once=(srun --nodes=1 --ntasks=1 "${container[@]}")
     fi
     each=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none)
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # not head, which would end scontrol by SIGPIPE before it has printed all nodes
     address=${MASTER_ADDR:-$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')}
     meeting=(--rdzv-endpoint "$address:${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}" --rdzv-id "job-$SLURM_JOB_ID")
     training() {

@@ -110,7 +110,7 @@ train_into() {
 }
 
 # time_ms of an event of an MLPerf log on standard input: the first.
-time_of() { sed -n "s/^:::MLLOG .*\"time_ms\": \([0-9]*\),.*\"key\": \"$1\".*/\1/p" | head -n 1; }
+time_of() { sed -n "s/^:::MLLOG .*\"time_ms\": \([0-9]*\),.*\"key\": \"$1\".*/\1/p" | sed -n 1p; }
 
 # All trials that are not done yet. Each ends with its RESULT line, from MLPerf's run_start to its run_stop.
 run_trials() {

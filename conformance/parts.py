@@ -127,7 +127,7 @@ def mismatched(kit: Kit, boxes: Tensor, labels: Tensor, defaults: DefaultBoxes) 
 
 
 def matching_golden(kit: Kit) -> Found:
-    data, defaults, anchors, offsets = golden("matching"), boxes_on(kit, COCO), 0, 0.0
+    data, defaults, wrong, offsets = golden("matching"), boxes_on(kit, COCO), 0, 0.0
     order = defaults.mlperf_order
     for case in range(10):
         boxes, labels = (kit.on(data[f"{case}_{name}"][None]) for name in ("boxes_ltrb", "labels"))
@@ -135,10 +135,10 @@ def matching_golden(kit: Kit) -> Found:
         got, want = found.labels[0, order], torch.zeros_like(found.labels[0])
         place = kit.on(data[f"{case}_positive_anchor"])
         want[place] = kit.on(data[f"{case}_positive_label"]).long()
-        anchors += (got != want).sum().item()
+        wrong += (got != want).sum().item()
         exact = encode(xywh_to_ltrb(kit.on(data[f"{case}_positive_xywh"], torch.float64)), defaults.xywh[order][place].double())
         offsets = max(offsets, apart(found.offsets[0, order][place], exact), found.offsets[found.labels == 0].abs().sum().item())
-    yield "golden: anchors and labels", anchors, 0
+    yield "golden: default boxes and labels", wrong, 0
     yield "golden: offsets", offsets, 1e-4
 
 
@@ -149,8 +149,8 @@ def matching_random(kit: Kit) -> Found:
         boxes, labels = map(kit.on, random_truth(rng, images, count))
         if name == "an image without boxes":
             boxes, labels = boxes * 0, labels * 0
-        anchors, offsets = mismatched(kit, boxes, labels, defaults)
-        yield f"{name}: anchors and labels", anchors, 0
+        wrong, offsets = mismatched(kit, boxes, labels, defaults)
+        yield f"{name}: default boxes and labels", wrong, 0
         yield f"{name}: offsets", offsets, 1e-4
     corner = rng.integers(0, 7, (4, 6, 2))  # on eighths IoUs are fractions of small numbers: many are equal, and exactly so
     boxes, labels = kit.on(np.concatenate([corner, rng.integers(corner + 1, 9)], 2) / 8), kit.on(rng.integers(1, CLASSES, (4, 6)))
@@ -165,8 +165,8 @@ def matching_random(kit: Kit) -> Found:
 def matching_of_large_images(kit: Kit) -> Found:
     rng = kit.rng()
     for name, defaults in large_images(kit):
-        anchors, offsets = mismatched(kit, *map(kit.on, random_truth(rng, 3, 9)), defaults)
-        yield f"{name}: anchors and labels", anchors, 0
+        wrong, offsets = mismatched(kit, *map(kit.on, random_truth(rng, 3, 9)), defaults)
+        yield f"{name}: default boxes and labels", wrong, 0
         yield f"{name}: offsets", offsets, 1e-4
 
 

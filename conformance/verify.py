@@ -127,15 +127,15 @@ def progress(text: str) -> None:
     print(f"{text:<70}", end=end, file=sys.stderr, flush=True)
 
 
-def verify(kit: Kit, wanted: list[str], say: Callable[[str], None] = progress) -> tuple[list[Row], dict[str, float | None]]:
+def verify(kit: Kit, wanted: list[str]) -> tuple[list[Row], dict[str, float | None]]:
     """Checks and times the parts, one after the other."""
     rows, speeds = [], {}
     for part in wanted:
-        say(f"{part}: checking")
+        progress(f"{part}: checking")
         for row in rows_of(kit, part):
             rows.append(row)
-            say(f"{part}: {row.check}: {verdict(row)[:60]}")
-        say(f"{part}: timing")
+            progress(f"{part}: {row.check}: {verdict(row)[:60]}")
+        progress(f"{part}: timing")
         try:
             speeds[part] = speed(kit, part)
         except Exception as error:  # noqa: BLE001  as above

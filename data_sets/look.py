@@ -23,6 +23,7 @@ from data_sets.index import AnnotationIndex
 from data_sets.look_page import MOST_SAMPLES, data_page
 from data_sets.pack import faults, parts_of
 from data_sets.survey import CHECKED, REFUSED, Part, class_table, ends, facts_table, fit_table, look
+from pages.html import write
 from pages.text import shown
 
 CLASSES_SHOWN = 24  # half of them the commonest, half the rarest
@@ -91,11 +92,5 @@ def main(arguments: list[str]) -> int:
     for part in parts:
         print("\n".join(map(shown, [f"{part.name}, {part.index.annotation_file}", *faults(part.index), *files_report(part), ""])))
     out = flags.out or Path("runs") / f"data-{name}" / "index.html"
-    page = data_page(name, parts, size, about, flags.samples, flags.seed).encode()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(page)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
-    print(f"page: {out} ({len(page) / 1e6:.1f} MB)")
+    print(write(out, data_page(name, parts, size, about, flags.samples, flags.seed)))
     return 1 if any(kind in part.bad for part in parts for kind in REFUSED) else 0

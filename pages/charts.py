@@ -12,6 +12,7 @@ from pages.html import escape, line_key
 POINTS = 600  # of a line at most: more than a page has pixels for, and small however long the record is
 MARKED = 40  # points of a line, up to which each has a dot
 STYLES = 6  # lines that look different
+TICKS = 6  # of an axis, about
 
 
 class Line(NamedTuple):
@@ -22,23 +23,23 @@ class Line(NamedTuple):
     y: Sequence[float]
 
 
-def thinned(x: Sequence[float], y: Sequence[float], most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """The finite points, or of more than ``most`` the ends, and the lowest and the highest of each of many stretches, in their order."""
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The finite points, or of more than `POINTS` the ends, and the lowest and the highest of each of many stretches, in their order."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
-    if len(x) <= most:
+    if len(x) <= POINTS:
         return x, y
-    some = [part[[y[part].argmin(), y[part].argmax()]] for part in np.array_split(np.arange(len(x)), most // 2 - 1)]
+    some = [part[[y[part].argmin(), y[part].argmax()]] for part in np.array_split(np.arange(len(x)), POINTS // 2 - 1)]
     keep = np.unique(np.concatenate([[0, len(x) - 1], *some]))
     return x[keep], y[keep]
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers, 1, 2 or 5 times a power of ten apart, from ``low`` or below to ``high`` or above."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    rough = (high - low) / (most - 1)
+    rough = (high - low) / (TICKS - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if power * factor >= rough)
     return [step * number for number in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]

@@ -7,9 +7,11 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
+from base.errors import UserError
 from pages.text import shown
 
 STYLE = """
@@ -117,6 +119,17 @@ def page(title: str, body: str, contents: Sequence[tuple[str, str]] = ()) -> str
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n'
         f'</head>\n<body>\n{head}<main id="main">\n<h1>{escape(title)}</h1>\n{body}\n</main>\n</body>\n</html>\n'
     )
+
+
+def write(out: Path, text: str) -> str:
+    """Writes a page → the line that says so. Raises UserError if it cannot be written."""
+    content = text.encode()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
+    return f"page: {out} ({len(content) / 1e6:.2f} MB)"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], words: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""What ranks send in a training step, what sending costs on this machine, and `planning.scaling` beside steps that really average."""
+"""What ranks send in a training step, what sending costs on this machine, and `planning.formulas` beside steps that really average."""
 
 import statistics
 import time
@@ -14,12 +14,14 @@ from base.contracts import Batch
 from base.distributed import Ranks
 from base.tools.bench_parts import truth
 from base.tools.ranks import on_ranks
-from planning.scaling import Link, Network, Work, fitted
+from planning.formulas import Link, Network, Work, fitted
 
 BACKWARD = 63.03 / 94.75  # of a step: GFLOP of SSD300-ResNet34's backward pass, of forward and backward together
 SIZES = tuple(1 << power for power in (12, 16, 20, 22, 24, 25))  # bytes that a link is measured with
 SMALL = {"num_classes": 6, "image_size": (64, 64), "strides": (1,) * 6, "backbone": "resnet18"}  # the detector of `check`
 IMAGES, ACCURACY = 1, 2.0  # of a rank in `check`; by what factor a prediction may be wrong there
+PROCESSES, BUCKETS = (1, 2, 4), (0, 4)  # of `check`; the buckets' sizes in MiB
+ROUNDS = 15  # of which a time is the median
 
 
 def work(detector: dict, seconds: float, batch: int, bucket_mb: int, compression: str, backward: float = BACKWARD, **options) -> Work:
@@ -69,22 +71,22 @@ def averages(ranks: Ranks) -> dict[int, Callable]:
     return found
 
 
-def rank_of_link(kind: str, group: str, rounds: int) -> dict[int, float]:
+def rank_of_link(kind: str, group: str) -> dict[int, float]:
     """One rank of `link`: bytes → seconds."""
     torch.set_num_threads(1)
     ranks = reach.join(kind, group, 120)
-    seconds = together(ranks, averages(ranks), rounds)
+    seconds = together(ranks, averages(ranks), ROUNDS)
     reach.leave()
     return seconds
 
 
-def link(kind: str, group: str, ends: int = 2, rounds: int = 15) -> Link:
-    """The link between devices of this machine, by their process group, as gradients see it."""
-    seconds = on_ranks(ends, rank_of_link, kind, group, rounds)[0]
-    return fitted(ends, list(seconds), list(seconds.values()))
+def link(kind: str, group: str) -> Link:
+    """The link between two devices of this machine, by their process group, as gradients see it."""
+    seconds = on_ranks(2, rank_of_link, kind, group)[0]
+    return fitted(2, list(seconds), list(seconds.values()))
 
 
-def rank_of_check(bucket_mb: tuple[int, ...], rounds: int) -> dict:
+def rank_of_check(rounds: int) -> dict:
     """One rank of `check`: "alone" (a step without other ranks, while theirs run too), each bucket size, each size of `averages` → seconds."""
     torch.set_num_threads(1)
     ranks, reference = reach.join("cpu", "gloo", 120), load_backend("reference")
@@ -93,7 +95,7 @@ def rank_of_check(bucket_mb: tuple[int, ...], rounds: int) -> dict:
     images = torch.randint(0, 256, (IMAGES, height, width, 3), dtype=torch.uint8)
     batch = Batch(images, boxes, labels % (SMALL["num_classes"] - 1) + 1, torch.arange(IMAGES), torch.full((IMAGES, 2), height))
     cases = averages(ranks) if ranks.world_size > 1 else {}
-    for name in ("alone", *bucket_mb):
+    for name in ("alone", *BUCKETS):
         torch.manual_seed(1)
         model = reference.model(**SMALL)
         optimizer = reference.optimizer(model.parameters(), momentum=0.9, weight_decay=5e-4)
@@ -106,16 +108,16 @@ def rank_of_check(bucket_mb: tuple[int, ...], rounds: int) -> dict:
     return seconds
 
 
-def check(processes: tuple[int, ...] = (1, 2, 4), bucket_mb: tuple[int, ...] = (0, 4), rounds: int = 15) -> list[dict]:
+def check(rounds: int = ROUNDS) -> list[dict]:
     """Predicted beside measured steps of a small detector by Gloo on this machine, one row for each number of processes and bucket size.
 
     The processes share the machine's cores, so each number of them has its own step without averaging and its own link.
     """
     rows = []
-    for count in processes:
-        seconds = on_ranks(count, rank_of_check, bucket_mb, rounds)[0]
+    for count in PROCESSES:
+        seconds = on_ranks(count, rank_of_check, rounds)[0]
         here = fitted(count, list(SIZES), [seconds[size] for size in SIZES]) if count > 1 else None
-        for size in bucket_mb:
+        for size in BUCKETS:
             predicted = work(SMALL, seconds["step alone"], IMAGES, size, "none").on(count, Network(here))
             row = {"processes": count, "bucket_mb": size, "alone": seconds["step alone"], "predicted": predicted, "measured": seconds[f"step {size}"]}
             rows.append({**row, "latency": here and here.latency, "bandwidth": here and here.bandwidth})

@@ -20,7 +20,7 @@ from base.errors import UserError
 from base.schedule import evaluates_after
 from base.tools.launch import spelled
 from planning import averaging
-from planning.scaling import Link, Network, Work, epochs_to_target
+from planning.formulas import Link, Network, Work, epochs_to_target
 
 DEVICES = tuple(1 << power for power in range(11))  # 1 … 1024
 COCO = 117_266  # training images with boxes: those of the published results

@@ -11,10 +11,8 @@ from base.backends.reference.images import BadImage, read_rgb
 
 from base import checkpoint
 from base.boxes import iou
-from base.distributed import Ranks
 from base.errors import UserError
-from base.evaluate import detect, judged, make_eval_loader
-from base.tools.detector import on_data, open_checkpoint
+from base.tools.detector import evaluated, on_data, open_checkpoint
 from data_sets.index import AnnotationIndex
 from pages.charts import Line, line_chart
 from pages.html import bar_chart, escape, jpeg, line_key, table
@@ -53,14 +51,11 @@ def detected(run: RunFolder, flags: argparse.Namespace) -> Detected:
     flags = argparse.Namespace(**vars(flags), checkpoint=checkpoint.found_in(run.folder))
     print(f"{run.name}: detecting on the validation images", file=sys.stderr, flush=True)
     found = on_data(open_checkpoint(flags.checkpoint, run.backend, flags.device, workers=flags.workers), flags)
-    backend, config = found.backend, found.config
-    ranks = Ranks(0, 1, found.device)
-    arrays, _ = detect(backend, config, ranks, found.step, found.model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
-    evaluator = judged(backend, config.path("val_annotations"), arrays)
-    index = AnnotationIndex.open(config.path("val_annotations"))
+    arrays, evaluator = evaluated(found)
+    index = AnnotationIndex.open(found.config.path("val_annotations"))
     step = checkpoint.read(flags.checkpoint)["progress"]["step"]
     return Detected(
-        flags.checkpoint.name, step, found.device.type, found.names, index, str(config.path("val_images")), arrays,
+        flags.checkpoint.name, step, found.device.type, found.names, index, str(found.config.path("val_images")), arrays,
         evaluator.compute(), evaluator.curves(),
     )  # fmt: skip
 

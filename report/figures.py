@@ -5,8 +5,8 @@ import statistics
 from typing import NamedTuple
 
 from base.records import clock
+from planning.formulas import CONVERGENCE, epochs_to_target
 from planning.scale import COCO
-from planning.scaling import CONVERGENCE, epochs_to_target
 from report.folder import RunFolder, is_number
 
 NOT_MEASURED = "not measured"

@@ -7,8 +7,8 @@ training images. Several runs, or one with stages: what differs, and how repeate
 import argparse
 from pathlib import Path
 
-from base.errors import UserError
 from base.tools.detector import flags_of_data
+from pages.html import write
 from pages.text import shown
 from report.folder import read_folder, runs_in
 from report.page import one_run, several_runs
@@ -27,14 +27,9 @@ def main(arguments: list[str]) -> int:
     folders = list(dict.fromkeys(folder for given in flags.runs for folder in runs_in(given)))
     runs = [read_folder(folder) for folder in folders]
     out = flags.out or (flags.runs[0] if len(flags.runs) == 1 else Path("runs")) / "report.html"
-    page = (one_run(runs[0], flags) if len(runs) == 1 else several_runs(runs)).encode()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(page)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
+    written = write(out, one_run(runs[0], flags) if len(runs) == 1 else several_runs(runs))
     for run in runs:
         for text in run.missing:
             print(shown(f"{run.name}: {text}"))
-    print(f"page: {out} ({len(page) / 1e6:.2f} MB)")
+    print(written)
     return 0

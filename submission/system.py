@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from base.config import _read as read_mapping  # YAML 1.2 or JSON, without aliases, repeated keys or large files
+from base.config import read_mapping
 from base.errors import UserError
 from submission.runs import Run
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device(os.environ.get("SSD_TEST_DEVICE", "cpu"))  # where components are tested
 torch.backends.cudnn.allow_tf32 = False  # float32 is held to float32's figures, wherever it is computed
 GOLDEN = Path(__file__).parent / "golden"
+COMPONENTS = ("model", "matcher", "loss", "decoder", "step", "evaluator")
 
 
 def runs_here(name: str) -> bool:
@@ -34,10 +35,22 @@ def runs_here(name: str) -> bool:
     return load_backend(name).device in ("auto", DEVICE.type)
 
 
+def files_on(subject: str) -> list[str]:
+    """The files of tests on a subject, such as `loader`; on `components`, those of all that are no loader."""
+    return [f"tests/test_{name}.py" for name in (COMPONENTS if subject == "components" else (subject,))]
+
+
 @pytest.fixture(scope="session", params=[name for name in list_backends() if runs_here(name)])
 def backend(request):
     """Every backend that runs here, one after the other."""
     return load_backend(request.param)
+
+
+def small_model(backend, **changes):
+    """A detector of four classes at 96×96, the same for every backend, but for ``changes``."""
+    torch.manual_seed(0)
+    settings = {"num_classes": 4, "image_size": (96, 96), "strides": (1,) * 6, "backbone": "resnet18", **changes}
+    return backend.model(**settings).to(DEVICE)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +74,19 @@ def demo_data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def config_folder(tmp_path):
+    """A backend's folder: config_folder(name=text, …) writes configurations and returns it."""
+
+    def write(**files):
+        (tmp_path / "config").mkdir(exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / "config" / f"{name}.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path
+
+    return write
+
+
 SMALL = ["--image_size", "96", "96", "--strides", "1", "1", "1", "1", "1", "1", "--batch_size", "8", "--eval_batch_size", "16"]
 
 
@@ -80,6 +106,14 @@ class Started:
             self.process.kill()
             raise
         return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
+
+
+def one_error(done: subprocess.CompletedProcess) -> str:
+    """The only error message of a process that ended as such a one should."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr and done.stderr.count("error:") == 1
+    assert done.stderr.startswith("error: ")
+    return done.stderr.removeprefix("error: ")
 
 
 def start_training(folder: Path, data_dir: Path, flags: list[str], run: str = "run", env: dict | None = None) -> Started:

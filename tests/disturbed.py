@@ -1,8 +1,11 @@
-"""Runs that are disturbed from outside: finding their processes, and holding them to a run that nobody disturbed."""
+"""Runs that are disturbed from outside: waiting for the moment, finding their processes, and holding them to a run that nobody disturbed."""
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from base import checkpoint
@@ -10,6 +13,24 @@ from tests.conftest import losses
 
 OF_TIME = {"time", "seconds", "images_per_second", "data_seconds", "detection_seconds"}  # in metrics.jsonl
 OF_THE_MACHINE = {"memory_bytes", "joules", "power_watts", "images_per_joule"}  # all else is the same in every run
+
+
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120.0, pause: float = 0.02, told=lambda: ""):
+    """Polls until the condition gives something, or the process or the time is over; ``told`` is what else to say then."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        if process is not None and process.poll() is not None:
+            pytest.fail(f"the run ended early: {process.communicate()}")
+        time.sleep(pause)
+    if process is not None:
+        process.kill()
+    return pytest.fail(f"not within {seconds} s: {told()}")
+
+
+def steps_done(run: Path) -> int:
+    return len(losses(run)) if (run / "metrics.jsonl").exists() else 0
 
 
 def rank_pids(launcher: int) -> list[int]:
@@ -59,3 +80,10 @@ def assert_same(run: Path, undisturbed: Path) -> None:
     assert [(e["event_type"], e["key"], e["value"]) for e in events] == [(e["event_type"], e["key"], e["value"]) for e in mlperf_events(undisturbed)]
     assert all(one["time_ms"] <= then["time_ms"] for one, then in zip(events, events[1:], strict=False))
     assert not list((run / "checkpoints").glob(".*")) and not list(run.glob(".*"))
+
+
+def small_checkpoint(folder: Path) -> Path:
+    path = folder / "checkpoints" / "step-000000001.pt"
+    content = dict.fromkeys(("config", "progress", "categories", "model", "optimizer", "step", "loaders"), {})
+    checkpoint.write(path, {"format": checkpoint.FORMAT, **content, "model": {"weight": torch.arange(1000.0)}})
+    return path

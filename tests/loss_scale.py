@@ -1,4 +1,4 @@
-"""A step with loss scaling that is fast on a CPU, which takes a minute for a few in float16; for test_components.py and test_verify.py."""
+"""A step with loss scaling that is fast on a CPU, which takes a minute for a few in float16; for test_step.py and test_verify.py."""
 
 import torch
 from base.backends.reference.step import TrainStep

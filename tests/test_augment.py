@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from tests.test_loader import picture, pure, samples, write_coco
+from tests.small_data import ltrb, picture, pure, samples, write_coco
 
 COPIES = 60  # of one image in a data set, so that an epoch gives many samples of it
 BOUNDS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, -math.inf)  # None: the whole image
@@ -242,9 +242,7 @@ def test_a_sample_depends_only_on_seed_epoch_and_its_image(backend, tmp_path):
     few = {key: pictures[key] for key in (3, 7, 11, 12)}
     loaders = [
         pure(
-            backend.train_loader(
-                **write_coco(tmp_path / str(len(some)), some, boxes), image_size=(40, 30), batch_size=4, workers=0, seed=9, epoch=2
-            )
+            backend.train_loader(**write_coco(tmp_path / str(len(some)), some, boxes), image_size=(40, 30), batch_size=4, workers=0, seed=9, epoch=2)
         )
         for some in (pictures, few)
     ]
@@ -267,18 +265,6 @@ def test_a_sample_has_the_size_asked_for():
         image, boxes, _ = augment(picture(1, 9, 7), np.array([[0.2, 0.2, 0.8, 0.8]]), np.array([1]), size, np.random.default_rng(0), 1)
         assert (image.height, image.width) == size and image.mode == "RGB" and boxes.dtype == np.float32
     assert resize(picture(1, 9, 7), (5, 3)).size == (3, 5)
-
-
-edges = st.floats(0, 1, width=32)
-
-
-@st.composite
-def ltrb(draw) -> list[float]:
-    """A box as the index may give it: within [0, 1] and, in 32 bits, not empty; often thin, often at an edge."""
-    near = st.sampled_from([0.0, 1.0, 0.5, 0.25]) | edges
-    thin = st.sampled_from([2.0**-149, 1e-9, 1e-7, 1e-3])
-    (a, c), (b, d) = (sorted((x := draw(near), draw(near | thin.map(lambda t, x=x: min(1.0, x + t))))) for _ in range(2))
-    return [a, b, c, d]
 
 
 @settings(deadline=None, max_examples=150)

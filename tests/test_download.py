@@ -1,4 +1,4 @@
-"""data_sets.download against a real HTTP server that misbehaves in every way that was thought of."""
+"""data_sets.transfer and data_sets.download against a real HTTP server that misbehaves in every way that was thought of."""
 
 import dataclasses
 import hashlib
@@ -9,95 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
 from base.errors import UserError
-from data_sets.download import COCO_FILES, RemoteFile, Transfer, download, fetch_dataset, unpack
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        server: Server = self.server.owner
-        name, seen = self.path.rsplit("/", 1)[-1], self.headers.get("Range")
-        if body:
-            server.ranges.append(seen)
-        self.close_connection = True
-        if self.path.startswith("/moved/"):
-            self.send_response(302)
-            self.send_header("Location", f"{server.url}/{name}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if server.status:
-            self.send_error(server.status.pop(0))
-            return
-        if name not in server.files:
-            self.send_error(404)
-            return
-        data, start = server.files[name], 0
-        tag = f'"{hashlib.md5(data).hexdigest()}"'
-        if seen and server.ranges_served and self.headers.get("If-Range") in (None, tag):
-            start = int(seen[6:].rstrip("-"))
-            if start >= len(data):
-                self.send_error(416)
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        else:
-            self.send_response(200)
-        self.send_header("ETag", tag)
-        self.send_header("Content-Length", str(len(data) - start + server.lie))
-        self.end_headers()
-        if not body:
-            return
-        data = bytes([data[start] ^ 1]) + data[start + 1 :] if server.corrupt and server.corrupt.pop(0) else data[start:]
-        if server.cut:
-            data = data[: server.cut.pop(0)]
-        for at in range(0, len(data), 65536):
-            try:
-                self.wfile.write(data[at : at + 65536])
-            except (BrokenPipeError, ConnectionResetError):
-                return
-            server.sent += len(data[at : at + 65536])
-            time.sleep(server.pause)
-
-
-class Server:
-    """Serves `files`; the other attributes say how it misbehaves, a list element per answer."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.cut: list[int] = []
-        self.status: list[int] = []
-        self.corrupt: list[bool] = []
-        self.ranges_served, self.lie, self.pause, self.sent = True, 0, 0.0, 0
-        self.ranges: list[str | None] = []
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.owner = self
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def add(self, name: str, data: bytes, **more: object) -> RemoteFile:
-        self.files[name] = data
-        return RemoteFile(f"{self.url}/{name}", "md5", hashlib.md5(data).hexdigest(), len(data), **more)
+from data_sets.download import COCO_FILES, fetch_dataset
+from data_sets.transfer import RemoteFile, Transfer, download
+from tests.conftest import ROOT
+from tests.http_server import BODY, Server, archive
 
 
 @pytest.fixture
@@ -111,17 +30,6 @@ def server():
 @pytest.fixture
 def how():
     return Transfer(timeout=5, tries=3, backoff=0.01, out=io.StringIO())
-
-
-def archive(entries: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
-        for name, data in entries.items():
-            bundle.writestr(name, data)
-    return buffer.getvalue()
-
-
-BODY = bytes(range(256)) * 4096  # 1 MB
 
 
 def test_plain_download_leaves_only_the_file(server, how, tmp_path):
@@ -312,65 +220,6 @@ def test_incomplete_folder_is_not_taken_for_whole(server, how, tmp_path):
     (tmp_path / "train2017").mkdir()
     with pytest.raises(UserError, match="holds 0 of 2 images.*move or delete"):
         fetch_dataset(tmp_path, how, files)
-
-
-def link() -> bytes:
-    entry = zipfile.ZipInfo("train2017/link.jpg")
-    entry.external_attr = 0o120777 << 16
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as bundle:
-        bundle.writestr("train2017/0.jpg", b"fine")
-        bundle.writestr(entry, "/etc/passwd")
-    return buffer.getvalue()
-
-
-def understated() -> bytes:
-    """An entry that declares 10 bytes, in both its headers, and delivers 1000."""
-    data = bytearray(archive({"train2017/0.jpg": b"z" * 1000}))
-    for signature, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
-        at = data.index(signature) + offset
-        data[at : at + 4] = (10).to_bytes(4, "little")
-    return bytes(data)
-
-
-HOSTILE = {
-    "dots": (archive({"train2017/0.jpg": b"", "train2017/../../evil.jpg": b""}), "leaves its folder"),
-    "absolute": (archive({"train2017/0.jpg": b"", "/tmp/evil.jpg": b""}), "not a relative path"),
-    "drive": (archive({"train2017/0.jpg": b"", "C:/evil.jpg": b""}), "not a relative path"),
-    "backslash": (archive({"train2017/0.jpg": b"", "train2017\\..\\evil.jpg": b""}), "not a relative path"),
-    "link": (link(), "is a link"),
-    "other folder": (archive({"train2017/0.jpg": b"", "elsewhere/evil.jpg": b""}), "outside train2017/"),
-    "script": (archive({"train2017/0.jpg": b"", "train2017/evil.py": b""}), "neither JPEG nor JSON"),
-    "bomb": (archive({"train2017/0.jpg": b"\0" * 10_000_000}), "bomb"),
-    "understated": (understated(), "cannot be unpacked"),
-    "truncated": (archive({"train2017/0.jpg": BODY})[:-30], "cannot be unpacked"),
-    "not a zip": (b"hello", "cannot be unpacked"),
-    "too few": (archive({"train2017/readme.json": b""}), "incomplete"),
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_archive_writes_nothing(how, tmp_path, kind):
-    data, message = HOSTILE[kind]
-    home = tmp_path / "data"
-    home.mkdir()
-    (home / "train2017.zip").write_bytes(data)
-    file = RemoteFile("http://x/train2017.zip", "md5", "", folder="train2017", members=("0.jpg",))
-    with pytest.raises(UserError, match=message):
-        unpack(home / "train2017.zip", file, home, how)
-    assert sorted(str(each.relative_to(tmp_path)) for each in tmp_path.rglob("*")) == ["data", "data/train2017.zip"]
-    assert not Path("/tmp/evil.jpg").exists()
-
-
-def test_wrong_crc_is_refused(how, tmp_path):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as bundle:
-        bundle.writestr("train2017/0.jpg", b"A" * 1000)
-    data = buffer.getvalue().replace(b"A" * 1000, b"A" * 999 + b"B")
-    (tmp_path / "t.zip").write_bytes(data)
-    with pytest.raises(UserError, match="CRC"):
-        unpack(tmp_path / "t.zip", RemoteFile("http://x/t.zip", "md5", "", folder="train2017"), tmp_path, how)
-    assert not (tmp_path / "train2017").exists()
 
 
 def test_half_unpacked_folder_of_a_killed_run_is_replaced(server, how, tmp_path):

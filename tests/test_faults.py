@@ -21,9 +21,8 @@ from base.terminal import Display
 from base.tools.launch import check_folder
 from base.tools.supervise import STOPPED, supervise, verdict
 from tests.conftest import ROOT, losses
-from tests.disturbed import final_state, mlperf_events, rank_pids
+from tests.disturbed import final_state, mlperf_events, rank_pids, small_checkpoint, steps_done, wait_for
 from tests.soak import soak
-from tests.test_resume import small_checkpoint, steps_done, wait_for
 
 SHORT = ["--max_steps", "6", "--target", "null", "--log_every", "1", "--checkpoint_every", "1"]
 

@@ -22,7 +22,7 @@ from base.tools.launch import main
 from base.tools.preflight import differences, host_names, judge
 from tests import ranks
 from tests.conftest import ROOT, Started, losses
-from tests.test_resume import assert_same, wait_for
+from tests.disturbed import assert_same, wait_for
 
 
 def free_port() -> int:

@@ -3,24 +3,19 @@
 import io
 import json
 import os
-import pickle
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from base.__main__ import TOOLS
-from base.__main__ import main as tool
 from base.backend import SLOTS, backend_folder, list_backends, load_backend
 from base.backends import DEFAULT_BACKEND
-from base.config import Config, Resolved, list_configs, meanings
+from base.config import Config, Resolved, list_configs
 from base.errors import UserError
 from base.records import config_text
 from base.tools.launch import RESUMABLE, main
-from tests.conftest import ROOT, SMALL, Started
+from tests.conftest import SMALL, Started, one_error
 
 NO_ACCELERATOR = pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
 
@@ -54,14 +49,6 @@ def refused(here):
 def demo(demo_data):
     """Flags of a run on the small demo data."""
     return ["--config", "demo", "--data_dir", str(demo_data), *SMALL]
-
-
-def one_error(done: subprocess.CompletedProcess) -> str:
-    """The only error message of a process that ended as such a one should."""
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr and done.stderr.count("error:") == 1
-    assert done.stderr.startswith("error: ")
-    return done.stderr.removeprefix("error: ")
 
 
 # As a person starts it
@@ -338,70 +325,3 @@ def test_a_run_of_several_cpu_processes_is_resumed_as_it_was(run_folder, capsys)
     shown = capsys.readouterr().out
     assert "on 1 × 2 cpu" in shown and "epochs: 9 " in shown
     assert json.loads(shlex.split(shown.splitlines()[-1])[-1])["resume"] is True
-
-
-# Tools
-
-
-def test_the_entry_without_a_tool_or_with_none_that_exists():
-    run = {"cwd": ROOT, "capture_output": True, "text": True}
-    bare, wrong = (subprocess.run([sys.executable, "-m", "base", *words], **run) for words in ([], ["nonsense"]))
-    assert bare.returncode == 2 and all(f"\n  {name} " in bare.stdout for name in TOOLS)
-    assert "no tool is called 'nonsense'" in one_error(wrong) and "usage:" in wrong.stderr
-
-
-@pytest.mark.parametrize("name", TOOLS)
-def test_every_tool_has_help(name, capsys):
-    with pytest.raises(SystemExit) as ended:
-        tool([name, "--help"])
-    shown = capsys.readouterr().out
-    assert ended.value.code == 0 and shown.startswith("usage:") and len(shown.splitlines()) > 3
-
-
-def test_help_of_train_explains_every_key(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for key, meaning in meanings().items():
-        assert f"--{key}" in shown and meaning in shown
-    assert "images a device and step (default 32)" in shown and "(default 40 50)" in shown and "(default null)" in shown
-
-
-def test_config_needs_no_data_and_says_where_values_come_from(capsys):
-    assert tool(["config", "--name", "reference", "--config", "DGX1_singlenode", "--seed", "3"]) == 0
-    shown = {line.partition(":")[0]: line.split("  # ")[-1] for line in capsys.readouterr().out.splitlines()}
-    assert shown["devices"] == "reference/config/DGX1_singlenode.yaml" and shown["weight_decay"] == "base/recipes/mlperf_reference.yaml"
-    assert shown["seed"] == "--seed" and shown["data_dir"] == "default"
-
-
-def test_config_as_shell_can_be_sourced(capsys, tmp_path):
-    wild = """/data/it's "here" $(touch no) `x` \\ $HOME é
-two"""
-    flags = ["--name", "reference", "--config", "DGX1_singlenode", "--data_dir", wild, "--use", "loss=reference", "--skip_bad_images"]
-    assert tool(["config", *flags, "--shell"]) == 0
-    (tmp_path / "values.sh").write_text(capsys.readouterr().out)
-    script = 'set -eu; source ./values.sh; printf "%s\\0" ' + " ".join(f'"$SSD_{key.upper()}"' for key in Config.model_fields)
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    values = dict(zip(Config.model_fields, done.stdout.split("\0")[:-1], strict=True))
-    assert values["data_dir"] == wild and values["use"] == "loss=reference" and values["skip_bad_images"] == "true"
-    assert (values["devices"], values["decay_epochs"], values["max_steps"], values["warmup_epochs"]) == ("8", "40 50", "", "2.619685")
-    assert tree(tmp_path) == ["values.sh"]
-    exported = subprocess.run(["bash", "-c", "source ./values.sh; env -0"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert f"SSD_DATA_DIR={wild}" in exported.stdout.split("\0")
-
-
-def test_config_of_a_finished_run_is_not_asked_here():
-    with pytest.raises(UserError, match="a finished run keeps its own in config.yaml"):
-        from base.tools.config import main as config
-
-        config(["--resume", "x"])
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_evaluate_refuses_what_is_no_checkpoint(here, capsys):
-    (here / "x.pt").write_bytes(pickle.dumps([1]))
-    assert tool(["evaluate", "--checkpoint", str(here / "x.pt")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {here / 'x.pt'} is")
-    assert tool(["evaluate", "--checkpoint", str(here / "none.pt")]) == 2
-    assert "none.pt does not exist" in capsys.readouterr().err

@@ -14,30 +14,13 @@ from base.backend import list_backends, load_backend
 from base.config import Config
 from base.errors import UserError
 from tests.conftest import losses, start_training
-from tests.disturbed import assert_same, final_state, rank_pids
+from tests.disturbed import assert_same, final_state, rank_pids, small_checkpoint, steps_done, wait_for
 
 FLAGS = ["--epochs", "3", "--eval_every", "2", "--target", "null", "--log_every", "1", "--checkpoint_every", "3", "--learning_rate", "0.01"]
 TWO = ("--nproc", "2", "--device", "cpu", "--batch_size", "4")
 ON_THE_CPU = [name for name in list_backends() if load_backend(name).device in ("auto", "cpu")]
 WAYS = [pytest.param(("--name", name), id=name, marks=[pytest.mark.long] * (name != "reference")) for name in ON_THE_CPU]
 WAYS.append(pytest.param(TWO, id="two ranks", marks=pytest.mark.long))
-
-
-def wait_for(condition, process, seconds: float = 120.0, pause: float = 0.02):
-    """Polls until the condition gives something, or the process or the time is over."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        if process.poll() is not None:
-            pytest.fail(f"the run ended early: {process.communicate()}")
-        time.sleep(pause)
-    process.kill()
-    return pytest.fail("nothing happened in time")
-
-
-def steps_done(run: Path) -> int:
-    return len(losses(run)) if (run / "metrics.jsonl").exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +141,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     assert str(checkpoint.listed(tmp_path / "run")[0]) in done.stderr
     bad_step = int(done.stderr.partition("at step ")[2].split()[0])
     assert good["progress"]["step"] < bad_step
-
-
-def small_checkpoint(folder: Path) -> Path:
-    path = folder / "checkpoints" / "step-000000001.pt"
-    content = dict.fromkeys(("config", "progress", "categories", "model", "optimizer", "step", "loaders"), {})
-    checkpoint.write(path, {"format": checkpoint.FORMAT, **content, "model": {"weight": torch.arange(1000.0)}})
-    return path
 
 
 class Hostile:

@@ -12,8 +12,8 @@ from base.config import Config
 from base.errors import UserError
 from base.schedule import evaluates_after
 from planning import averaging
+from planning.formulas import CONVERGENCE, Link, Network, Work, epochs_to_target, fitted
 from planning.scale import evaluations, main, measured, published
-from planning.scaling import CONVERGENCE, Link, Network, Work, epochs_to_target, fitted
 from tests.conftest import start_training
 
 SSD300 = {"num_classes": 81, "image_size": (300, 300), "strides": (1, 1, 2, 2, 2, 1), "backbone": "resnet34"}

@@ -16,6 +16,7 @@ import pytest
 
 from base import checkpoint
 from tests.conftest import ROOT, SMALL, losses
+from tests.disturbed import steps_done, wait_for
 
 RUN_SUB = ROOT / "nvidia" / "slurm" / "run.sub"
 CONTAINERS = [name for name in ("nvidia", "iluvatar") if (ROOT / name / "docker").exists()]
@@ -48,16 +49,6 @@ def events(log: Path) -> dict[str, object]:
 
 def results(text: str) -> list[str]:
     return re.findall(r"^RESULT,SINGLE_STAGE_DETECTOR,,\d+,reference,\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [AP]M$", text, re.MULTILINE)
-
-
-def wait_until(condition, seconds: float, told):
-    """Polls until the condition gives something; ``told`` is what to say if it does not."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s: {told()}")
 
 
 # The configuration for sbatch
@@ -122,7 +113,7 @@ def test_run_sub_runs_here_without_slurm_goes_on_and_leaves_what_is_done(tmp_pat
     run = logs / "reference-DGX1_32_1"
     (run / "checkpoints").mkdir(parents=True)  # as one leaves it that fails before it begins
     with subprocess.Popen(["./run.sub", *flags], cwd=RUN_SUB.parent, env=environment(**values), stdout=subprocess.PIPE, text=True) as first:
-        wait_until(lambda: (run / "metrics.jsonl").exists() and losses(run), 300, lambda: f"exit code {first.poll()}")
+        wait_for(lambda: steps_done(run), first, 300)
         first.send_signal(signal.SIGTERM)
         printed = first.communicate(timeout=300)[0]
     assert first.returncode == 143 and "trial 1 of 1 was stopped" in printed and checkpoint.listed(run)
@@ -301,8 +292,8 @@ def cluster(tmp_path, monkeypatch):
         for command in commands:
             with open(folder / f"{Path(command[0]).name}-{command[-1].rpartition('/')[2]}.out", "w") as out:
                 started.append(subprocess.Popen(command, stdout=out, stderr=out))
-            wait_until(lambda: (folder / "munge.socket").exists(), 60, lambda: "munged made no socket")
-        wait_until(lambda: ask("sinfo", "-h", "-o", "%D %t") == "2 idle", 120, lambda: ask("sinfo", "-N", "-l"))
+            wait_for(lambda: (folder / "munge.socket").exists(), seconds=60, told=lambda: "munged made no socket")
+        wait_for(lambda: ask("sinfo", "-h", "-o", "%D %t") == "2 idle", pause=0.1, told=lambda: ask("sinfo", "-N", "-l"))
         yield ask
     finally:
         if len(started) == len(commands):
@@ -332,7 +323,7 @@ def test_a_job_at_its_time_limit_saves_and_the_next_one_goes_on(cluster, tmp_pat
         return job, tmp_path / f"slurm-{job}.out"
 
     def until(job: tuple[str, Path], condition) -> None:
-        wait_until(condition, 400, lambda: job[1].read_text() if job[1].exists() else cluster("squeue", "-l"))
+        wait_for(condition, seconds=400, pause=0.1, told=lambda: job[1].read_text() if job[1].exists() else cluster("squeue", "-l"))
 
     def over(job: tuple[str, Path]) -> str:
         """What the job printed, once it has ended."""

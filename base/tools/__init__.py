@@ -1,1 +1,1 @@
-"""The commands of ``python -m base``, one module each with ``main(arguments) -> exit code``."""
+"""The commands of ``python -m base``, a module each with ``main(arguments) -> exit code``, and what several of them use."""

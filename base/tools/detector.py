@@ -1,9 +1,10 @@
-"""A checkpoint made ready to detect: what `evaluate`, `predict` and `export` start from."""
+"""A checkpoint made ready to detect: what `evaluate`, `predict`, `export` and `report` start from."""
 
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
@@ -11,9 +12,10 @@ from base import checkpoint
 from base.backend import Backend, load_backend
 from base.backends import DEFAULT_BACKEND
 from base.config import Config, validate
-from base.contracts import Step
-from base.distributed import device_for
+from base.contracts import Evaluator, Step
+from base.distributed import Ranks, device_for
 from base.errors import UserError
+from base.evaluate import detect, judged, make_eval_loader
 from data_sets import layout
 from data_sets.index import AnnotationIndex
 
@@ -60,9 +62,7 @@ def open_checkpoint(path: Path, name: str, device: str = "auto", **changes) -> D
     categories = content["categories"] if content else coco_categories()
     backend = load_backend(name)
     place = torch.device(device_for(backend, device))
-    model = backend.model(
-        num_classes=len(categories["ids"]) + 1, image_size=config.image_size, strides=config.strides, backbone=config.backbone
-    )
+    model = backend.model(num_classes=len(categories["ids"]) + 1, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
     checkpoint.load_weights(model, state, path)
     model.to(place)
     step = backend.step(model=model, optimizer=None, matcher=backend.matcher, loss=backend.loss, device=place)
@@ -99,3 +99,11 @@ def on_data(detector: Detector, flags: argparse.Namespace) -> Detector:
             f"{known.get(key, 'missing')!r} in the checkpoint and {here.get(key, 'missing')!r} in the data; evaluate it on data of its own classes"
         )
     return replace(detector, config=config)
+
+
+def evaluated(detector: Detector) -> tuple[dict[str, np.ndarray], Evaluator]:
+    """What it detects on its validation images, as `base.evaluate.detect` gives it, and the evaluator that has seen it."""
+    backend, config, ranks = detector.backend, detector.config, Ranks(0, 1, detector.device)
+    loader = make_eval_loader(backend, config, ranks)
+    arrays, _ = detect(backend, config, ranks, detector.step, detector.model.default_boxes, loader, lambda: False)
+    return arrays, judged(backend, config.path("val_annotations"), arrays)

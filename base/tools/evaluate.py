@@ -3,9 +3,7 @@
 import argparse
 
 from base.contracts import FIGURES
-from base.distributed import Ranks
-from base.evaluate import detect, judged, make_eval_loader
-from base.tools.detector import flags_of_a_detector, flags_of_data, on_data, open_checkpoint
+from base.tools.detector import evaluated, flags_of_a_detector, flags_of_data, on_data, open_checkpoint
 
 
 def main(arguments: list[str]) -> int:
@@ -14,10 +12,7 @@ def main(arguments: list[str]) -> int:
     flags_of_data(parser, "")
     flags = parser.parse_args(arguments)
     found = on_data(open_checkpoint(flags.checkpoint, flags.name, flags.device, workers=flags.workers), flags)
-    backend, config = found.backend, found.config
-    ranks = Ranks(0, 1, found.device)
-    arrays, _ = detect(backend, config, ranks, found.step, found.model.default_boxes, make_eval_loader(backend, config, ranks), lambda: False)
-    evaluator = judged(backend, config.path("val_annotations"), arrays)
+    _, evaluator = evaluated(found)
     twelve, curves = evaluator.compute(), evaluator.curves()
     print("\n".join(f"{name:>6}  {twelve[name]:.4f}" for name in FIGURES))
     width = max(map(len, found.names))

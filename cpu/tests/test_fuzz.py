@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, files_on
 
 pytest.importorskip("base.backends.cpu._images", reason="the native parts are not built: python3 prepare.py --name cpu", exc_type=ImportError)
 from base.backends.cpu import _images
@@ -132,6 +132,7 @@ def test_native_code_loses_no_memory(sanitized):
 
 @pytest.mark.long
 def test_the_other_tests_of_native_code_under_sanitizers(sanitized):
-    files = [str(CPU / "tests" / f"test_{name}.py") for name in ("images", "coco", "norm")] + ["tests/test_components.py", "tests/test_golden.py"]
-    printed = run([sys.executable, "-m", "pytest", "-x", *files, "-k", "cpu and not model", "-p", "no:cacheprovider"], 500, **sanitized)
+    files = [*(str(CPU / "tests" / f"test_{name}.py") for name in ("images", "coco", "norm")), *files_on("components"), *files_on("golden")]
+    selected = "cpu and not (coco_model or model_golden or a_model)"  # whole models take long under sanitizers, most of it in torch
+    printed = run([sys.executable, "-m", "pytest", "-x", *files, "-k", selected, "-p", "no:cacheprovider"], 500, **sanitized)
     assert int(re.search(r"(\d+) passed", printed)[1]) > 100

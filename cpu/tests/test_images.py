@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from tests.conftest import ROOT
-from tests.test_augment import ltrb
+from tests.small_data import ltrb
 
 pytest.importorskip("base.backends.cpu._images", reason="the native parts are not built: python3 prepare.py --name cpu", exc_type=ImportError)
 from base.backends.cpu import _images

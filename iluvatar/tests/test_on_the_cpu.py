@@ -17,7 +17,7 @@ from base.backend import load_backend
 from base.boxes import default_boxes
 from base.contracts import Batch, Predictions
 from base.errors import UserError
-from tests.conftest import ROOT, one_line_without_its_device, same_losses_on_the_cpu
+from tests.conftest import ROOT, files_on, one_line_without_its_device, same_losses_on_the_cpu
 
 SMALL = default_boxes((300, 300), ((6, 6), (4, 4), (3, 3), (2, 2), (1, 1), (1, 1)))
 
@@ -107,6 +107,6 @@ def test_golden_data():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", ["components", "weights", "verify"])
-def test_what_every_backend_must_do(file):
-    assert passed(f"tests/test_{file}.py", "-k", "iluvatar") > 3
+@pytest.mark.parametrize("subject", ["components", "weights", "verify"])
+def test_what_every_backend_must_do(subject):
+    assert passed(*files_on(subject), "-k", "iluvatar") > 3

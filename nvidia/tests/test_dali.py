@@ -18,7 +18,7 @@ from base.errors import UserError
 from base.sampling import sample_rng
 from data_sets.photographs import photograph
 from tests.conftest import ROOT
-from tests.test_loader import check_batch, ids, picture, samples, write_coco
+from tests.small_data import check_batch, ids, picture, samples, write_coco
 
 try:
     import nvidia.dali.fn  # noqa: F401  the wheel's; without it this project's folder answers to its name, and has no fn

@@ -12,9 +12,11 @@ import pytest
 import torch
 import triton
 
+from tests.conftest import files_on
+
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [file for file in sorted((Path(__file__).parent / "interpreted").glob("test_*.py")) if file.stem != "test_step"]  # which needs a GPU
-ON_KERNELS = "match or loss or gradients or decode or kept or limit or best or nothing_found or finite"
+ON_KERNELS = [file for part in ("matcher", "loss", "decoder") for file in files_on(part)]
 
 
 def release(module) -> tuple[int, int]:
@@ -58,10 +60,10 @@ def test_large_images_in_the_interpreter():
 @INTERPRETER
 @pytest.mark.long
 def test_what_every_backend_must_do_in_the_interpreter():
-    assert passed("tests/test_components.py", "-k", f"nvidia and ({ON_KERNELS}) and not step", interpreted=True) > 15
+    assert passed(*ON_KERNELS, "-k", "nvidia", interpreted=True) > 15
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("file", ["components", "loader", "augment", "weights", "verify"])
-def test_what_every_backend_must_do_on_the_cpu(file):
-    assert passed(f"tests/test_{file}.py", "-k", "nvidia", interpreted=False) > 3
+@pytest.mark.parametrize("subject", ["components", "loader", "augment", "weights", "verify"])
+def test_what_every_backend_must_do_on_the_cpu(subject):
+    assert passed(*files_on(subject), "-k", "nvidia", interpreted=False) > 3
