@@ -4,7 +4,7 @@ import re
 import statistics
 from typing import NamedTuple
 
-from base.records import clock
+from base.records import minutes
 from planning.scale import COCO
 from planning.scaling import CONVERGENCE, epochs_to_target
 from report.folder import RunFolder, is_number
@@ -60,7 +60,7 @@ def figures(run: RunFolder) -> dict[str, Figure]:
     epoch = epoch_of_target(run)
     reached = end is not None and end.get("reached") is True and epoch is not None
     why = "there is no target" if run.values.get("target") is None else "the target was not reached" if epoch is None else "the run has no end"
-    found["time to target"] = Figure(end["seconds"], clock(end["seconds"])) if reached else unknown(why)
+    found["time to target"] = Figure(end["seconds"], minutes(end["seconds"])) if reached else unknown(why)
     official = mlperf_seconds(run)
     found["time to target by MLPerf's log"] = Figure(official, f"{official:,.1f} s") if official is not None else unknown("" if reached else why)
     found["epochs to target"] = Figure(epoch, f"{epoch}") if epoch is not None else unknown(why)
@@ -85,7 +85,7 @@ def figures(run: RunFolder) -> dict[str, Figure]:
     found["memory"] = Figure(max(memory), f"{max(memory) / 2**30:.2f} GiB at most, of one rank") if any(memory) else unknown("no sensor told it")
     steps = end["steps"] if end else train[-1]["step"] if train else None
     found["steps"] = Figure(steps, f"{steps:,}") if steps is not None else unknown()
-    found["time"] = Figure(end["seconds"], clock(end["seconds"])) if end else unknown("the run has no end")
+    found["time"] = Figure(end["seconds"], minutes(end["seconds"])) if end else unknown("the run has no end")
     return found
 
 
