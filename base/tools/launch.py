@@ -217,7 +217,10 @@ def resumed(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, 
         raise UserError(f"--{fixed[0]} cannot change when a run is resumed; what can: {', '.join(sorted(RESUMABLE))}")
     values |= overrides
     sources = {**dict.fromkeys(values, f"--resume {folder}"), **{key: f"--{key}" for key in overrides}}
-    return name, Resolved(validate(values, sources), sources), folder
+    config = validate(values, sources)
+    if (config.trials > 1) != (stored.trials > 1):
+        raise UserError(f"--trials {config.trials}: {folder} is {'a folder of trials' if stored.trials > 1 else 'one run'} and stays so")
+    return name, Resolved(config, sources), folder
 
 
 def found(resolved: Resolved) -> Resolved:
