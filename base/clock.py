@@ -88,7 +88,7 @@ def rows(whole: dict[str, Any], no_target: bool) -> list[tuple[str, str]]:
     raw, training, compute = (
         f"{value:.1f}" if (value := whole[f"images_per_second_{name}"]) else "not measured" for name in ("raw", "training", "compute")
     )
-    breaks = f", the breaks before {whole['resumed']} resumptions included" * bool(whole["resumed"])
+    breaks = f", with the breaks of {whole['resumed']} resumption{'s' * (whole['resumed'] > 1)}" * bool(whole["resumed"])
     target = "no target" if no_target else "not reached"
     if whole["target_seconds"] is not None:
         target = f"{whole['target_seconds']:,.1f} s, from MLPerf's run_start to run_stop{breaks}"

@@ -29,8 +29,7 @@ def train_series(flags: argparse.Namespace, name: str, resolved: Resolved, folde
                 continue
             flags.resume = str(place) if place.exists() else None
             if code := launch.start(flags, name, run, place, begin):
-                if code in STOPPED:
-                    print(f"stopped in {place}; {again}", flush=True)
+                print(f"{'stopped in' if code in STOPPED else 'not done:'} {place}; {again}", flush=True)
                 return code
         if flags.dry_run:
             return 0
