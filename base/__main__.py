@@ -14,6 +14,7 @@ TOOLS = {
     "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
     "report": ("report.tool", "what a run did, or several runs beside each other, as one page"),
     "scale": ("planning.scale", "predict images/s and the time of epochs on more devices, from a run on one"),
+    "trials": ("submission.trials", "repeated runs in a table, with median, spread and MLPerf's Olympic mean (what --trials closes with)"),
     "submission": ("submission.package", "finished runs as a folder of results in MLPerf's layout, held to MLPerf's checkers"),
     "verify": ("conformance.verify", "hold every component of a backend to the reference"),
     "new-backend": ("base.tools.new_backend", "write the folder of a new backend, which trains the demo as it stands"),

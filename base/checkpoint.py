@@ -28,6 +28,9 @@ class Progress:
     step: int = 0  # steps done
     seconds: float = 0.0  # of training and evaluation so far
     train_seconds: float = 0.0  # of which not evaluation or checkpoints
+    data_seconds: float = 0.0  # of which the first rank waited for its loader
+    step_seconds: float = 0.0  # of its device in training steps
+    resumed: int = 0  # times that the run went on from a checkpoint
     evaluations: list[dict] = field(default_factory=list)  # {"epoch": …, "AP": …, …}
     memory_bytes: int = 0  # the most that a device had in use
     joules: float = 0.0  # that all devices drew in training

@@ -87,6 +87,7 @@ class Config(BaseModel):
     momentum: Share = 0.9  # of SGD
     weight_decay: Rate = 5e-4  # of SGD, on all parameters
 
+    trials: Count = 1  # runs one after the other, with the seeds seed, seed + 1, …
     stages: tuple[dict[str, Any], ...] = ()  # one training after the other: what differs in each; it begins with the weights before
 
     # Evaluation
@@ -102,6 +103,8 @@ class Config(BaseModel):
     # Records
     runs_dir: str = "runs"  # where a run makes its folder
     log_every: Count = 10  # steps between records of the loss
+    tensorboard: bool = False  # event files for TensorBoard too
+    report: bool = True  # write the run's page, report.html, when it has ended
     telemetry_seconds: Rate = 1.0  # between two looks at the devices' power, memory and clock; 0: none
     checkpoint_every: NotNegative = 0  # steps between checkpoints; 0: only after each epoch, as in any case
     keep_checkpoints: Count = 2  # the last so many are kept, beside the best
@@ -117,6 +120,8 @@ class Config(BaseModel):
             problems.append(
                 f"batch_size {self.batch_size} cannot be divided into gradient_accumulation {self.gradient_accumulation} equal parts"
             )
+        if self.trials > 1 and (self.stages or self.nodes > 1):
+            problems.append(f"trials {self.trials} are of one node, without stages; docs/slurm-and-containers.md has trials on several nodes")
         if self.checkpoint and self.backbone_path:
             problems.append(f"checkpoint {self.checkpoint!r} has a backbone's weights; set backbone_path {self.backbone_path!r} to null")
         if self.device_ids and (len(set(self.device_ids)) != self.devices or len(self.device_ids) != self.devices):

@@ -16,10 +16,12 @@ from typing import Any, BinaryIO
 import torch
 import yaml
 
+from base import clock
 from base.config import Config, Resolved, parse_value
 from base.errors import UserError
-from base.mlperf import MLPerfLog
 from base.terminal import Display
+from formats.mlperf import MLPerfLog, run_seconds
+from formats.tensorboard import EventFiles
 
 CUT_BACK = ("metrics.jsonl", "mlperf.log")  # a resumed run cuts these to where its checkpoint was written
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "pycocotools", "pydantic", "mlperf-logging")
@@ -34,6 +36,7 @@ class Records:
 
     def __init__(self, folder: Path | None, display: Display, patience: float = 120.0):
         self.folder, self.display, self.failure, self.files = folder, display, None, {}
+        self.events: EventFiles | None = None  # TensorBoard's, if they are asked for
         if folder is not None:
             try:
                 (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -47,7 +50,17 @@ class Records:
 
     def metric(self, kind: str, **values) -> None:
         """One line of metrics.jsonl."""
-        self._append("metrics.jsonl", json.dumps({"kind": kind, "time": round(time.time(), 3), **values}))
+        line = {"kind": kind, "time": round(time.time(), 3), **values}
+        self._append("metrics.jsonl", json.dumps(line))
+        if self.events and not self.failure:
+            try:
+                self.events.add(line)
+            except UserError as error:
+                self.failure = error
+
+    def open_events(self) -> None:
+        """From now on TensorBoard has what metrics.jsonl has, and what it had before. Raises UserError."""
+        self.events = EventFiles(self.folder)
 
     def log(self, line: str) -> None:
         """One line to the terminal and to log.txt."""
@@ -81,8 +94,14 @@ class Records:
         if self.folder and (stamps := re.findall(r'"time_ms": (\d+)', (self.folder / "mlperf.log").read_text(encoding="utf-8"))):
             self.mlperf.follow(int(stamps[-1]))
 
+    def run_seconds(self) -> float | None:
+        """MLPerf's time of the run, by the log that has it."""
+        return run_seconds((self.folder / "mlperf.log").read_text(encoding="utf-8")) if self.folder else None
+
     def close(self) -> None:
         self.display.close()
+        if self.events:
+            self.events.close()
         for file in self.files.values():
             file.close()
 
@@ -197,25 +216,22 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def summary(config: Config, progress, images: int, folder: Path, reached: bool, backend: str, drawn: dict, missing: str) -> str:
-    """The closing table of a run. ``drawn`` is `base.telemetry.whole_run`, and ``missing`` why there is no more of it."""
+def summary(config: Config, progress, images: int, folder: Path, reached: bool, backend: str, whole: dict, missing: str) -> str:
+    """The closing table of a run. ``whole``: `whole_run` of `base.clock` and `base.telemetry`; ``missing``: why that has no more."""
     best = progress.best
     ap = f"{best['AP']:.4f} after epoch {best['epoch']}" if best else "not measured"
     target = "no target" if config.target is None else f"target {config.target} {'reached' if reached else 'not reached'}"
     trained = progress.step * config.global_batch
     why = progress.unmeasured or missing
-    most = drawn["memory_bytes"]
+    most = whole["memory_bytes"]
     memory = f"{most / 2**30:.2f} GiB at most, of one rank" if most else f"not measured ({why or 'no sensor told it'})"
     energy = f"not measured ({why or 'power was known for too little of the training'})"
-    if drawn["joules"]:
-        energy = f"{drawn['joules']:,.0f} J in training ({drawn['power_watts']:.1f} W), {drawn['images_per_joule']:.3g} images/J"
+    if whole["joules"]:
+        energy = f"{whole['joules']:,.0f} J in training ({whole['power_watts']:.1f} W), {whole['images_per_joule']:.3g} images/J"
     rows = [
         ("mAP", f"{ap} ({target})"),
-        (
-            "images/s",
-            f"{_rate(trained, progress.train_seconds)} training, {_rate(trained, progress.seconds)} with evaluation and checkpoints",
-        ),
-        ("time", f"{clock(progress.seconds)} for {progress.step} steps, {trained:,} images ({trained / images:.1f} epochs)"),
+        *clock.rows(whole, no_target=config.target is None),
+        ("time", f"{minutes(progress.seconds)} from the first batch on: {progress.step} steps, {trained:,} images ({trained / images:.1f} epochs)"),
         ("memory", memory),
         ("energy", energy),
         ("backend", f"{backend}, {config.world_size} × {config.device}"),
@@ -225,12 +241,8 @@ def summary(config: Config, progress, images: int, folder: Path, reached: bool, 
     return "\n".join([line, *(f"{name:>10}  {text}" for name, text in rows), line])
 
 
-def _rate(images: int, seconds: float) -> str:
-    return f"{images / seconds:.1f}" if seconds > 0 else "not measured"
-
-
-def clock(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    whole, rest = divmod(int(seconds), 60)
+    hours, whole = divmod(whole, 60)
+    return f"{hours}:{whole:02}:{rest:02}" if hours else f"{whole}:{rest:02}"

@@ -13,6 +13,7 @@ from base import checkpoint
 from base.affinity import bind
 from base.backend import Backend, load_backend
 from base.checkpoint import Progress
+from base.clock import Clock
 from base.config import Config, Resolved
 from base.contracts import Loader, Step
 from base.distributed import Ranks
@@ -58,11 +59,12 @@ class Run:
     images: int  # training images with boxes
     categories: dict
     telemetry: Sampler
+    clock: Clock
     progress: Progress = field(default_factory=Progress)
     skipped: set[str] = field(default_factory=set)  # images that could not be read and have been listed
     evaluating: tuple[int, int, float, float] | None = None  # in the background: (epoch, step, start, seconds of detection), on every rank
     evaluation: Background | None = None  # and its process, on the first
-    launched: deque = field(default_factory=deque)  # steps whose loss has not been read yet: (step, rate, image ids, loss, seconds waited)
+    launched: deque = field(default_factory=deque)  # steps not read yet: (step, rate, image ids, loss, seconds waited, marks)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -153,11 +155,14 @@ def set_up(
     state = Run(
         config, folder, ranks, stopped, records, backend, model, optimizer, step, train_loader,
         make_eval_loader(backend, config, ranks), images, categories,
-        Sampler(backend.telemetry, config.telemetry_seconds, ranks.device, ranks.local_rank),
+        Sampler(backend.telemetry, config.telemetry_seconds, ranks.device, ranks.local_rank), Clock(ranks.device),
     )  # fmt: skip
+    if hasattr(step, "clock"):
+        step.clock = state.clock
     if found:
         content = found[1]
         state.progress = Progress(**content["progress"])
+        state.progress.resumed += 1
         optimizer.load_state_dict(content["optimizer"])
         step.load_state_dict(content["step"])
         if content["loaders"]:
@@ -165,4 +170,6 @@ def set_up(
         records.log(f"resumed from {found[0].name}: {state.progress.step} steps done")
     else:
         records.mlperf.hyperparameters(config, images, len(AnnotationIndex.open(config.path("val_annotations"), records.log)))
+    if config.tensorboard:
+        ranks.first(records.open_events)
     return state

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from base import checkpoint, reach, telemetry
+from base import checkpoint, clock, reach, telemetry
 from base.backend import load_backend
 from base.checkpoint import Progress
 from base.config import Config, validate
@@ -40,12 +40,14 @@ def run(config: Config, sources: dict, name: str, folder: Path, resume: bool, ra
             records.log(f"stopped after step {state.progress.step}; go on with: bash run_training.sh --resume {folder}")
             return STOPPED
         records.mlperf.run_stop(reached)
-        drawn = telemetry.whole_run(state.progress, state.progress.step * config.global_batch)
-        records.metric("end", reached=reached, steps=state.progress.step, seconds=round(state.progress.seconds, 3), **drawn)
+        images = state.progress.step * config.global_batch
+        ap = state.progress.best and state.progress.best["AP"]
+        whole = clock.whole_run(state.progress, images, records.run_seconds(), reached) | telemetry.whole_run(state.progress, images)
+        records.metric("end", reached=reached, steps=state.progress.step, seconds=round(state.progress.seconds, 3), AP=ap, **whole)
         records.check()
         records.display.close()
         device = config.model_copy(update={"device": ranks.device.type})
-        records.log(summary(device, state.progress, state.images, folder, reached, name, drawn, state.telemetry.missing))
+        records.log(summary(device, state.progress, state.images, folder, reached, name, whole, state.telemetry.missing))
         return 0
     finally:
         records.close()
@@ -81,34 +83,46 @@ def train(state: Run) -> bool | None:
 def train_epoch(state: Run, epoch: int, first: int) -> bool:
     """The steps of one epoch from ``first`` on, or to ``total_steps``; False if the run was asked to stop."""
     config, progress, ranks = state.config, state.progress, state.ranks
+    began = time.monotonic()
     state.train_loader.set_epoch(epoch, first)
     state.telemetry.switch("training")
     batches = iter(state.train_loader)
-    began = time.monotonic()
     while progress.step < min(state.total_steps, (epoch + 1) * state.steps_per_epoch):
-        waiting = time.monotonic()
         batch, failure = next_batch(state, batches)
-        waited = time.monotonic() - waiting
+        waited = time.monotonic() - began
+        progress.data_seconds += waited
         if exchange(state, failure):
             settle(state, leave=0)
+            lap(progress, began)
             return False
         if target_reached(config, progress):  # an evaluation in the background came in
             break
         rate = learning_rate(config, progress.step, state.steps_per_epoch, state.images)
+        state.clock.start()
         loss = state.step(batch, rate)
+        state.clock.mark("rest")
         progress.step += 1
-        state.launched.append((progress.step, rate, batch.image_ids, loss, waited))
+        state.launched.append((progress.step, rate, batch.image_ids, clock.Later(loss), waited, state.clock.marks))
         settle(state, leave=1)  # reading the loss before last leaves the device one step to work on
-        now = time.monotonic()
-        progress.seconds, progress.train_seconds, began = progress.seconds + now - began, progress.train_seconds + now - began, now
+        began = lap(progress, began)
         if config.checkpoint_every and progress.step % config.checkpoint_every == 0 and progress.step % state.steps_per_epoch:
+            settle(state, leave=0)
+            lap(progress, began)
             save(state)
             began = time.monotonic()
     settle(state, leave=0)
+    lap(progress, began)
     bad = {path: why for rank in ranks.gathered(state.train_loader.bad_images) for path, why in rank.items()}
     report_skipped(state, bad)
     check_bad_images(bad, state.images)
     return True
+
+
+def lap(progress: Progress, began: float) -> float:
+    """Counts the time since ``began`` as training, and returns the present."""
+    now = time.monotonic()
+    progress.seconds, progress.train_seconds = progress.seconds + now - began, progress.train_seconds + now - began
+    return now
 
 
 def next_batch(state: Run, batches) -> tuple[Batch | None, UserError | None]:
@@ -144,8 +158,9 @@ def exchange(state: Run, failure: UserError | None) -> bool:
 def settle(state: Run, leave: int) -> None:
     """Reads the losses of all but the last ``leave`` steps, records them, and refuses to go on from one that is not finite."""
     while len(state.launched) > leave:
-        number, rate, image_ids, loss, waited = state.launched.popleft()
+        number, rate, image_ids, loss, waited, marks = state.launched.popleft()
         value = loss.item()
+        state.progress.step_seconds += state.clock.add(marks, last=not state.launched)
         finite = value == value and abs(value) != float("inf")
         total, broken = state.ranks.sums([value if finite else 0.0, float(not finite)])
         if broken:
@@ -174,6 +189,8 @@ def save(state: Run) -> None:
     collect(state)
     before = state.telemetry.switch("checkpoint")
     telemetry.record(state.telemetry, state.ranks, state.records, state.progress)
+    if parts := state.clock.told():
+        state.records.metric("parts", step=state.progress.step, **parts)
     loaders = []
     if hasattr(state.train_loader, "state_dict"):
         loaders = state.ranks.gathered(state.train_loader.state_dict())

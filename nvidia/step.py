@@ -7,6 +7,7 @@ from base.backends.reference.step import TrainStep
 from torch import Tensor
 from torch.nn import functional
 
+from base.clock import Clock
 from base.contracts import Batch
 from base.errors import UserError
 
@@ -54,6 +55,7 @@ class GraphedStep(TrainStep):
         start_momentum(self.optimizer)
         self.rate = torch.zeros((), device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.inside: list = []  # marks between the parts of the step, in the graph: each replay sets them anew
         self.inputs: tuple[Tensor, ...] = ()  # images, boxes and labels that the graph reads
         self.result: Tensor | None = None  # the loss that it writes
         self.steps, self.room = 0, LEAST_BOXES
@@ -82,6 +84,8 @@ class GraphedStep(TrainStep):
         for still, now in zip(self.inputs, given, strict=True):
             still.copy_(now)
         self.graph.replay()
+        if self.clock is not None:
+            self.clock.marks += self.inside
         return self.result.clone()  # the next replay writes over it
 
     def on_device(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,9 +119,15 @@ class GraphedStep(TrainStep):
         self.inputs = tuple(map(torch.empty_like, given))
         self.optimizer.zero_grad()
         torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's threads may use the device meanwhile
-            self.result = self.train_on(*self.inputs)
+        graph, clock = torch.cuda.CUDAGraph(), self.clock
+        if clock is not None:
+            clock.reused, self.clock = True, Clock(self.device, external=True)  # such events are nodes of the graph; old builds of torch have none
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's threads may use the device meanwhile
+                self.result = self.train_on(*self.inputs)
+            self.inside = self.clock.marks if clock is not None else []
+        finally:
+            self.clock = clock
         self.graph = graph
 
     def normalise(self, images: Tensor) -> Tensor:

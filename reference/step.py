@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from base.clock import Clock
 from base.contracts import Batch, Loss, Matcher, Predictions
 from base.errors import UserError
 
@@ -26,6 +27,7 @@ class TrainStep:
     """
 
     memory_format = torch.contiguous_format  # of weights and images
+    clock: Clock | None = None  # that the training loop sets, to know how long the parts take
 
     def __init__(
         self,
@@ -57,8 +59,14 @@ class TrainStep:
             group["lr"] = learning_rate
         return self.train_on(*(t.to(self.device) for t in (batch.images, batch.boxes, batch.labels)))
 
+    def mark(self, part: str) -> None:
+        """A part of the step ends."""
+        if self.clock is not None:
+            self.clock.mark(part)
+
     def train_on(self, images: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
         """Forward, loss, backward, all-reduce and optimizer, of what is on the device."""
+        self.mark("transfer")
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         parts = list(zip(*(t.chunk(self.accumulation) for t in (images, boxes, labels)), strict=True))
@@ -66,13 +74,20 @@ class TrainStep:
             if self.average and number == len(parts) - 1:
                 self.average.begin()
             targets = self.matcher(*part[1:], self.model.default_boxes)
-            loss = self.loss(self.forward(part[0]), targets) * (len(part[0]) / len(images))
+            self.mark("matching")
+            predictions = self.forward(part[0])
+            self.mark("forward")
+            loss = self.loss(predictions, targets) * (len(part[0]) / len(images))
+            self.mark("loss")
             self.scaler.scale(loss).backward()
             total += loss.detach()
+            self.mark("backward")
         if self.average:
             self.average.finish()
+            self.mark("all_reduce")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.mark("optimizer")
         return total
 
     @torch.no_grad()

@@ -1,9 +1,12 @@
 """A run's checkpoint on its validation images: AP a class, precision and recall, and the images with the best and the worst detections."""
 
 import argparse
+import json
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,7 +40,8 @@ class Detected:
     step: int | None
     device: str
     names: list[str]  # of labels 1, 2, …
-    index: AnnotationIndex
+    index: AnnotationIndex  # of the images that were looked at
+    of: int  # so many validation images
     images: str  # folder
     arrays: dict[str, np.ndarray]  # as `base.evaluate.detect` gives them
     twelve: dict[str, float]
@@ -45,19 +49,37 @@ class Detected:
 
 
 def detected(run: RunFolder, flags: argparse.Namespace) -> Detected:
-    """Runs the best checkpoint as `evaluate` does. Raises UserError if checkpoint, backend, device or data are not there."""
+    """Runs the best checkpoint as `evaluate` does, on ``flags.images`` of the images or all.
+
+    Raises UserError if checkpoint, backend, device or data are not there.
+    """
     if run.backend is None:
         raise UserError("environment.json does not say which backend the run had")
     flags = argparse.Namespace(**vars(flags), checkpoint=checkpoint.found_in(run.folder))
     print(f"{run.name}: detecting on the validation images", file=sys.stderr, flush=True)
     found = on_data(open_checkpoint(flags.checkpoint, run.backend, flags.device, workers=flags.workers), flags)
-    arrays, evaluator = evaluated(found)
-    index = AnnotationIndex.open(found.config.path("val_annotations"))
+    config = found.config
+    everything = AnnotationIndex.open(config.path("val_annotations"))
+    with tempfile.TemporaryDirectory(prefix="ssd-report-") as scratch:
+        if flags.images and flags.images < len(everything):
+            config = config.model_copy(update={"val_annotations": str(some_of(everything, flags.images, Path(scratch) / "some.json"))})
+        index = AnnotationIndex.open(config.path("val_annotations"))
+        arrays, evaluator = evaluated(replace(found, config=config))
     step = checkpoint.read(flags.checkpoint)["progress"]["step"]
     return Detected(
-        flags.checkpoint.name, step, found.device.type, found.names, index, str(found.config.path("val_images")), arrays,
+        flags.checkpoint.name, step, found.device.type, found.names, index, len(everything), str(config.path("val_images")), arrays,
         evaluator.compute(), evaluator.curves(),
     )  # fmt: skip
+
+
+def some_of(index: AnnotationIndex, images: int, file: Path) -> Path:
+    """Writes an annotation file of so many images, evenly spaced, with their boxes and all classes."""
+    whole = index.to_coco()
+    whole["images"] = [whole["images"][place] for place in np.linspace(0, len(index) - 1, images).round().astype(int)]
+    ids = {image["id"] for image in whole["images"]}
+    whole["annotations"] = [box for box in whole["annotations"] if box["image_id"] in ids]
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    return file
 
 
 def class_section(found: Detected) -> str:
@@ -74,11 +96,13 @@ def class_section(found: Detected) -> str:
     title = "AP a class" + ("" if len(rows) <= BARS else f": the {BARS // 2} best, then the {BARS // 2} worst")
     lines = [Line(name, recall, known[place].mean(1)) for place, name in ((0, "IoU 0.5"), (5, "IoU 0.75"))] if rows else []
     lines += [Line("mean of IoU 0.5 to 0.95", recall, known.mean((0, 2)))] if rows else []
+    seen = len(found.arrays["ids"])
+    some_only = f"{seen:,} of the {found.of:,}" if len(found.index) < found.of else f"all {seen:,}"
     step = "" if found.step is None else f" (step {found.step:,})"
     small = "".join(line_chart(name, [Line("IoU 0.5", recall, curve)], within=[0.0, 1.0]) for name, _, _, curve in rows[:CURVES])
     more = f", of the best {CURVES}" if len(rows) > CURVES else ""
     return (
-        f"<p>{escape(found.file)}{step} on all {len(found.arrays['ids']):,} validation images, on {found.device}: "
+        f"<p>{escape(found.file)}{step} on {some_only} validation images, on {found.device}: "
         f"mAP {found.twelve['AP']:.4f}, AP50 {found.twelve['AP50']:.4f}."
         f"{f' {absent:,} classes have no box in the ground truth.' if absent else ''}</p>"
         f'<div class="beside"><div>{table(["class", "AP", "AP50"], [(name, f"{ap:.4f}", f"{ap50:.4f}") for name, ap, ap50, _ in rows])}</div>'

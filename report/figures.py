@@ -4,13 +4,18 @@ import re
 import statistics
 from typing import NamedTuple
 
-from base.records import clock
+from base.records import minutes
 from planning.formulas import CONVERGENCE, epochs_to_target
 from planning.scale import COCO
 from report.folder import RunFolder, is_number
 
 NOT_MEASURED = "not measured"
 STRETCH = 10  # steps at least between two records whose times give a rate: the last of an epoch is recorded a step early
+OFFICIAL = "from MLPerf's run_start to run_stop, breaks included"
+LOOP = "from the first batch on: steps, evaluations and checkpoints"
+PARTS = {"transfer": "copy to the device", "matching": "matching", "forward": "forward pass", "loss": "loss", "backward": "backward pass",
+         "all_reduce": "all-reduce", "optimizer": "optimizer", "rest": "rest of the step"}  # fmt: skip
+ALWAYS = ("forward", "backward", "optimizer")  # these are named, measured or not
 WHY_NO_ENERGY = re.compile(r"\benergy +not measured \((.*)\)")  # the closing table in log.txt
 
 
@@ -60,19 +65,23 @@ def figures(run: RunFolder) -> dict[str, Figure]:
     epoch = epoch_of_target(run)
     reached = end is not None and end.get("reached") is True and epoch is not None
     why = "there is no target" if run.values.get("target") is None else "the target was not reached" if epoch is None else "the run has no end"
-    found["time to target"] = Figure(end["seconds"], clock(end["seconds"])) if reached else unknown(why)
+    found["time to target"] = Figure(end["seconds"], f"{minutes(end['seconds'])} {LOOP}") if reached else unknown(why)
     official = mlperf_seconds(run)
-    found["time to target by MLPerf's log"] = Figure(official, f"{official:,.1f} s") if official is not None else unknown("" if reached else why)
+    text = f"{official:,.1f} s {OFFICIAL}" if official is not None else ""
+    found["time to target by MLPerf's log"] = Figure(official, text) if text else unknown("" if reached else why)
     found["epochs to target"] = Figure(epoch, f"{epoch}") if epoch is not None else unknown(why)
     if train:
         rate, step = train[-1]["images_per_second"], train[-1]["step"]
         found["images/s"] = Figure(rate, f"{rate:,.1f} in training, up to step {step:,}")
     else:
         found["images/s"] = unknown("no step is recorded")
-    whole = None
-    if end and run.config and end["seconds"] > 0:
-        whole = end["steps"] * run.config.global_batch / end["seconds"]
-    found["images/s, with evaluation and checkpoints"] = Figure(whole, f"{whole:,.1f}") if whole else unknown("the run has no end")
+    for name, key, bounds in (
+        ("images/s, raw", "images_per_second_raw", OFFICIAL),
+        ("images/s, without evaluation and checkpoints", "images_per_second_training", "of the whole training loop, its wait for data included"),
+        ("images/s, pure compute", "images_per_second_compute", "of the steps alone, from a batch in memory to the new weights"),
+    ):
+        value = end.get(key) if end else None
+        found[name] = Figure(value, f"{value:,.1f} {bounds}") if is_number(value) else unknown("not recorded" if end else "the run has no end")
     no_energy = next((told[1] for line in reversed(run.log) if (told := WHY_NO_ENERGY.search(line))), "no reason is recorded")
     for name, key, text, why in (
         ("images per joule", "images_per_joule", "{:.4g}", no_energy),
@@ -85,13 +94,13 @@ def figures(run: RunFolder) -> dict[str, Figure]:
     found["memory"] = Figure(max(memory), f"{max(memory) / 2**30:.2f} GiB at most, of one rank") if any(memory) else unknown("no sensor told it")
     steps = end["steps"] if end else train[-1]["step"] if train else None
     found["steps"] = Figure(steps, f"{steps:,}") if steps is not None else unknown()
-    found["time"] = Figure(end["seconds"], clock(end["seconds"])) if end else unknown("the run has no end")
+    found["time"] = Figure(end["seconds"], f"{minutes(end['seconds'])} {LOOP}") if end else unknown("the run has no end")
     return found
 
 
 def parts_of_time(run: RunFolder) -> list[tuple[str, Figure]]:
     """Where the time went, in seconds, up to the latest checkpoint. What is not recorded is said to be not measured."""
-    train, evaluations, end = run.lines["train"], run.lines["evaluation"], run.end
+    evaluations, end = run.lines["evaluation"], run.end
     known = {"step", "train_seconds"} <= run.progress.keys()
     training, done = (run.progress["train_seconds"], run.progress["step"]) if known else (None, 0)
     behind = run.config is not None and run.config.evaluate_in_background
@@ -103,14 +112,38 @@ def parts_of_time(run: RunFolder) -> list[tuple[str, Figure]]:
         return unknown(why) if value is None else Figure(value, f"{value:,.1f} s")
 
     rows = [(f"training, {done:,} steps" if known else "training", seconds(training, "no checkpoint tells it"))]
-    waits = [line["data_seconds"] for line in train]
-    wait = statistics.fmean(waits) * (done or train[-1]["step"]) if waits else None
-    text = f"{wait:,.1f} s, {statistics.fmean(waits) * 1e3:,.2f} ms a step (mean of {len(waits):,} recorded steps)" if waits else ""
-    rows.append(("  of it waiting for data", Figure(wait, text) if waits else unknown("no step is recorded")))
-    rows += [(f"  of it {part}", unknown("not recorded")) for part in ("forward pass", "backward pass", "optimizer")]
+    rows.append(("  of it waiting for data", waiting(run, done)))
+    rows += [(f"  of it {PARTS[part]}", figure) for part, figure in parts_of_a_step(run, done).items()]
     rows.append(("evaluation" + " (detection; the rest ran beside training)" * behind, seconds(sum(held) if held else None, "no evaluation yet")))
     rows.append(("checkpoints and the rest", seconds(rest, "the run has no checkpoint of its last step" if end else "the run has no end")))
     return rows
+
+
+def waiting(run: RunFolder, done: int) -> Figure:
+    """How long the first rank waited for its loader: the sum over all steps, in old runs the mean of those recorded times the steps ``done``."""
+    waits = [line["data_seconds"] for line in run.lines["train"]]
+    if done and "data_seconds" in run.progress:
+        wait = run.progress["data_seconds"]
+        return Figure(wait, f"{wait:,.1f} s, {wait / done * 1e3:,.2f} ms a step")
+    if not waits:
+        return unknown("no step is recorded")
+    wait = statistics.fmean(waits) * (done or run.lines["train"][-1]["step"])
+    return Figure(wait, f"{wait:,.1f} s, {statistics.fmean(waits) * 1e3:,.2f} ms a step (mean of {len(waits):,} recorded steps)")
+
+
+def parts_of_a_step(run: RunFolder, done: int) -> dict[str, Figure]:
+    """Parts of the steps on the first rank's device: the mean of those that were measured, times the steps ``done``."""
+    lines, found = run.lines["parts"], {}
+    why = "its step tells no parts" if lines else "not recorded"
+    for part in PARTS:
+        some = [line for line in lines if is_number(line.get(f"{part}_seconds"))]
+        measured = sum(line["steps"] for line in some)
+        if measured and done:
+            mean = sum(line[f"{part}_seconds"] * line["steps"] for line in some) / measured
+            found[part] = Figure(mean * done, f"{mean * done:,.1f} s, {mean * 1e3:,.2f} ms a step (mean of {measured:,} steps)")
+        elif part in ALWAYS:
+            found[part] = unknown(why)
+    return found
 
 
 def rates(run: RunFolder) -> tuple[list[int], list[float]]:

@@ -12,6 +12,7 @@ from base import checkpoint
 from base.config import Config, parse_value, read_run
 from base.contracts import FIGURES
 from base.errors import UserError
+from base.tools.finished import MEMBER, members_of
 from pages.text import shown
 
 LOG_BYTES = 1 << 16  # of the end of log.txt
@@ -19,6 +20,7 @@ NEEDED = {  # kind of a line of metrics.jsonl → the numbers that it must have
     "train": ("time", "step", "epoch", "loss", "learning_rate", "images_per_second", "data_seconds"),
     "evaluation": ("step", "epoch", "seconds", *FIGURES),
     "telemetry": ("step",),
+    "parts": ("step", "steps", "step_seconds"),
     "end": ("steps", "seconds"),
 }
 
@@ -51,14 +53,13 @@ class RunFolder:
 
 
 def runs_in(path: Path) -> list[Path]:
-    """The folder of a run itself, or those of its stages. Raises UserError if it is neither."""
+    """The folder of a run itself, or those of its stages or trials. Raises UserError if it is neither."""
     if not path.is_dir():
         raise UserError(f"{path} is no run's folder: {'it is a file' if path.exists() else 'it does not exist'}")
     if any((path / name).is_file() for name in ("metrics.jsonl", "log.txt")):
         return [path]
-    stages = [stage for stage in path.glob("stage-*") if stage.name[6:].isdecimal() and (stage / "config.yaml").is_file()]
-    if stages:
-        return sorted(stages, key=lambda stage: int(stage.name[6:]))
+    if members := members_of(path):
+        return members
     if (path / "config.yaml").is_file():
         return [path]
     raise UserError(f"{path} is no run's folder: it has no config.yaml, metrics.jsonl or log.txt; name a folder that run_training.sh made")
@@ -67,7 +68,7 @@ def runs_in(path: Path) -> list[Path]:
 def read_folder(path: Path) -> RunFolder:
     """Reads what is there; only a folder that cannot be read at all is an error."""
     whole = path.resolve()
-    name = f"{whole.parent.name}/{whole.name}" if whole.name.startswith("stage-") else whole.name
+    name = f"{whole.parent.name}/{whole.name}" if MEMBER.fullmatch(whole.name) else whole.name
     run = RunFolder(path, name)
     text = _text(run, "config.yaml")
     if text:

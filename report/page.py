@@ -4,6 +4,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+from base.clock import WARM_UP
 from base.errors import UserError
 from pages.charts import Line, line_chart
 from pages.html import bar_chart, escape, page, table
@@ -12,12 +13,13 @@ from report import compare
 from report.batches import batch_section
 from report.components import component_section
 from report.detected import Detected, class_section, detected, example_section
-from report.figures import NOT_MEASURED, STRETCH, convergence, figures, parts_of_time, rates, state
+from report.figures import NOT_MEASURED, PARTS, STRETCH, convergence, figures, parts_of_time, rates, state
 from report.folder import RunFolder, flattened, is_number
 
 MEASURED = ("memory_bytes", "joules", "power_watts", "utilisation", "clock_hz")  # of a line of telemetry
 LOG_LINES = 80  # the last ones
-FIRST = ("mAP", "images/s", "time to target", "time to target by MLPerf's log", "images per joule", "memory")  # figures that stand at the head
+# Figures that stand at the head
+FIRST = ("mAP", "images/s", "images/s, raw", "time to target", "time to target by MLPerf's log", "images per joule", "memory")
 
 
 class Sections:
@@ -114,13 +116,20 @@ def throughput_section(run: RunFolder) -> str:
     bars = [(name.removeprefix("  of it "), [figure.value], f"{figure.value:,.1f} s") for name, figure in parts if figure.value is not None]
     waits = Line("wait", *compare.columns(run.lines["train"], "step", "data_seconds"))
     waiting = Line(waits.name, waits.x, [1e3 * value for value in waits.y])
+    kept = {part: [line for line in run.lines["parts"] if is_number(line.get(f"{part}_seconds"))] for part in PARTS}
+    parted = [
+        Line(PARTS[part], [line["step"] for line in some], [1e3 * line[f"{part}_seconds"] for line in some]) for part, some in kept.items() if some
+    ]
     told = (
         f"Images/s are those of stretches of {STRETCH} steps or more within an epoch, without evaluation and checkpoints. Waiting for data is "
-        "that of the first rank before a step; an accelerator may still work on the step before meanwhile."
+        "that of the first rank before a step; an accelerator may still work on the step before meanwhile. "
+        f"The parts of a step are taken on the first rank's device, without waiting for it, and not in the first "
+        f"{WARM_UP} steps after a start; a step in one captured graph tells them once between two checkpoints."
     )
     return (
         f'<p>{told}</p><div class="beside">{line_chart("Images/s, by step", [Line("images/s", *steps)], within=[0.0])}'
         f"{line_chart('Waiting for data before a step, ms, by step', [waiting], within=[0.0])}"
+        f"{line_chart('Parts of a step, ms, by step', parted, within=[0.0]) if parted else ''}"
         f"<div>{table(['part', 'time'], [(name, figure.text) for name, figure in parts], words=True)}</div>"
         f"{bar_chart('Time by parts', bars) if bars else ''}</div>{telemetry_table(run)}"
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from base.config import NAME
 from base.errors import UserError
+from base.tools.finished import members_of
 from submission import checks
 from submission.implementation import write_code, write_instructions
 from submission.runs import RUNS, Run, Score, check_together, read, score
@@ -25,7 +26,7 @@ TOKEN = ":::MLLOG "
 
 def main(arguments: list[str]) -> int:
     flags = parsed(arguments)
-    runs = [read(run) for run in flags.runs]
+    runs = [read(run) for given in flags.runs for run in members_of(given) or [given]]
     check_together(runs, flags.incomplete)
     stated = {"submitter": flags.org, "division": flags.division, "status": flags.status}
     description, notes = describe(runs[0], stated, flags.system_description, flags.system)
@@ -56,7 +57,9 @@ def main(arguments: list[str]) -> int:
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m base submission", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"folder of a finished run; MLPerf wants {RUNS}, in their order")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help=f"folder of a finished run, or of trials; MLPerf wants {RUNS} runs, in their order"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the folder ORG is made")
     parser.add_argument("--org", required=True, help="the submitter: a folder's name")
     parser.add_argument("--system", required=True, help="the system: a folder's name, and system_name if the description has no other")

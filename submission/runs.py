@@ -13,7 +13,7 @@ from mlperf_logging.compliance_checker.mlp_parser import parse_file
 from base.config import Config, read_run
 from base.errors import UserError
 
-RULESET = "1.0.0"  # what base/mlperf.py writes
+RULESET = "1.0.0"  # what formats/mlperf.py writes
 RUNS = get_result_file_counts("training")["ssd"]  # 5
 ALLOWED_FAILURES = 1  # without the target: counted as the slowest, which is dropped
 MAY_DIFFER = ("seed", "runs_dir")  # keys of the configuration

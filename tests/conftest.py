@@ -88,6 +88,7 @@ def config_folder(tmp_path):
 
 
 SMALL = ["--image_size", "96", "96", "--strides", "1", "1", "1", "1", "1", "1", "--batch_size", "8", "--eval_batch_size", "16"]
+SMALL += ["--report", "false"]  # which would take longer than such a run
 
 
 class Started:
@@ -152,8 +153,7 @@ def one_line_without_its_device(train, name: str) -> None:
     done = train("--name", name, "--device", "auto", "--max_steps", "1")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"error: backend {name} needs a cuda device and this machine has none; --name cpu runs here, "
-        f"and --device cpu takes what {name} does on a CPU"
+        f"error: backend {name} needs a cuda device and this machine has none; --name cpu runs here, and --device cpu takes what {name} does on a CPU"
     ]
 
 

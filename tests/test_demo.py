@@ -24,6 +24,7 @@ def test_the_demo_reaches_the_target_and_its_log_is_compliant(tmp_path, name):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in metrics if line["kind"] == "evaluation"]
     assert evaluations[-1]["AP"] >= target
+    assert "AP a class" in (run / "report.html").read_text(encoding="utf-8") and f"report  {run / 'report.html'}" in done.stdout
 
     checker = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--usage", "training", "--ruleset", "1.0.0", str(run / "mlperf.log")]
     verdict = subprocess.run(checker, capture_output=True, text=True, cwd=tmp_path)

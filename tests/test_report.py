@@ -108,7 +108,10 @@ def test_the_page_of_a_run_says_what_its_records_say(run, capsys):
     assert page.row("summary", "images/s") == f"{rate:,.1f} in training, up to step 4"
     assert page.row("summary", "images per joule").startswith("not measured (")
     stamps = {event["key"]: event["time_ms"] for event in map(json.loads, (line.split(" ", 1)[1] for line in (run / "mlperf.log").open()))}
-    assert page.row("summary", "time to target by MLPerf's log") == f"{(stamps['run_stop'] - stamps['run_start']) / 1e3:,.1f} s"
+    bounds = "from MLPerf's run_start to run_stop, breaks included"
+    assert page.row("summary", "time to target by MLPerf's log") == f"{(stamps['run_stop'] - stamps['run_start']) / 1e3:,.1f} s {bounds}"
+    assert page.row("summary", "images/s, raw") == f"{end[0]['images_per_second_raw']:,.1f} {bounds}"
+    assert page.row("throughput", "of it waiting for data").startswith(f"{end[0]['data_seconds']:,.1f} s, ")
     parts = [page.row("throughput", name) for name in ("training, 4 steps", "evaluation", "checkpoints and the rest")]
     seconds = [float(part.split(" ")[0].replace(",", "")) for part in parts]
     assert sum(seconds) == pytest.approx(end[0]["seconds"], abs=0.2) and min(seconds) >= 0

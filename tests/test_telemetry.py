@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from base import clock
 from base.backend import Backend
 from base.checkpoint import Progress
 from base.config import Config
@@ -132,7 +133,7 @@ def test_devices_are_summed_and_the_rest_is_their_mean(records):
     assert (line["clock_hz"], line["utilisation"]) == (1e9, 0.9)
     found = whole_run(progress, images=6300)
     assert found == {"memory_bytes": 9, "power_watts": 300, "joules": pytest.approx(3150), "images_per_joule": pytest.approx(2)}
-    table = summary(Config(), progress, 100, Path("runs/x"), False, "acme", found, "")
+    table = summary(Config(), progress, 100, Path("runs/x"), False, "acme", found | clock.whole_run(progress, 6300, 12.0, False), "")
     assert "energy  3,150 J in training (300.0 W), 2 images/J" in table and "memory  0.00 GiB at most" in table
 
 
@@ -140,7 +141,7 @@ def test_without_a_whole_measure_no_energy_is_stated(records):
     progress = Progress(joules=100.0, joules_seconds=5.0, train_seconds=10.0)
     found = whole_run(progress, 1000)
     assert found["joules"] is found["images_per_joule"] is None
-    said = summary(Config(), progress, 100, Path("runs/x"), False, "acme", found, "")
+    said = summary(Config(), progress, 100, Path("runs/x"), False, "acme", found | clock.whole_run(progress, 1000, None, False), "")
     assert "energy  not measured (power was known for too little of the training)" in said
     assert "memory  not measured (no sensor told it)" in said
     assert whole_run(Progress(), 0)["joules"] is None
@@ -165,7 +166,8 @@ def test_a_sensor_that_stops_is_recorded_once_and_ends_nothing(records):
     assert not sampler.thread.is_alive() and sampler.make.opened > 2  # it was tried again
     told = (records.folder / "log.txt").read_text().splitlines()
     assert len(told) == 1 and told[0].endswith("power is not always known; rank 0: its sensor does not work: the card fell out")
-    said = summary(Config(), progress, 9, Path("x"), False, "acme", whole_run(progress, 1), sampler.missing)
+    whole = whole_run(progress, 1) | clock.whole_run(progress, 1, None, False)
+    said = summary(Config(), progress, 9, Path("x"), False, "acme", whole, sampler.missing)
     assert said.count("not measured (rank 0: its sensor does not work: the card fell out)") == 2  # memory and energy
 
 
@@ -301,8 +303,7 @@ def test_a_run_records_what_two_ranks_draw(train, tmp_path, metered):
     run = tmp_path / "run"
     end = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert end["power_watts"] == pytest.approx(200) and end["memory_bytes"] == 2**31
-    rate = float(next(line for line in done.stdout.splitlines() if line.strip().startswith("images/s")).split()[1])
-    assert end["images_per_joule"] == pytest.approx(rate / 200, rel=0.02)
+    assert end["images_per_joule"] == pytest.approx(end["images_per_second_training"] / 200, rel=0.02)
     assert {"training", "evaluation", "checkpoint"} <= {line["phase"] for line in lines(run)}
     assert [line["utilisation"] for line in lines(run)] == pytest.approx([0.5] * len(lines(run)))
     assert "(200.0 W)" in done.stdout and "memory  2.00 GiB at most" in done.stdout

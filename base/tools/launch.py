@@ -21,9 +21,11 @@ from base.backends import DEFAULT_BACKEND, backend_folder, list_backends
 from base.config import RECIPES, Config, Resolved, list_configs, meanings, parse_value, read_run, resolve, validate, with_layout
 from base.errors import UserError
 from base.tools import preflight
+from base.tools.finished import write_report
 from base.tools.supervise import supervise
 from data_sets.index import AnnotationIndex
 from data_sets.layout import LOOKED_FOR
+from formats import tensorboard
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_DATA = ROOT / "data" / "demo"
@@ -32,7 +34,7 @@ ALIASES = {"nproc": "devices", "nproc_per_node": "devices", "nnodes": "nodes", "
 # What may change when a run is resumed: nothing that alters the training so far.
 RESUMABLE = {
     "workers", "epochs", "max_steps", "target", "log_every", "checkpoint_every", "keep_checkpoints", "data_dir", "timeout", "device",
-    "bind_cores", "telemetry_seconds", "walltime", "max_restarts",
+    "bind_cores", "telemetry_seconds", "walltime", "max_restarts", "trials", "tensorboard", "report",
 }  # fmt: skip
 
 
@@ -115,6 +117,8 @@ def main(arguments: list[str]) -> int:
     if flags.list:
         print(listing())
         return 0
+    from torch.distributed.elastic.multiprocessing import SignalException
+
     if flags.resume:
         name, resolved, folder = resumed(flags, overrides)
     else:
@@ -123,11 +127,16 @@ def main(arguments: list[str]) -> int:
             flags.rdzv_id if resolved.config.nodes > 1 else time.strftime("%Y-%m-%d_%H%M%S") + f"-{name}-{flags.config or DEFAULT_CONFIG}"
         )
         folder = Path(resolved.config.runs_dir).absolute() / label
-    if resolved.config.stages:
+    if resolved.config.stages or resolved.config.trials > 1:
+        from base.tools.series import train_series
+
         if not flags.resume:
             check_new(folder)
-        return train_stages(flags, name, resolved, folder)
-    return start(flags, name, resolved, folder)
+        return train_series(flags, name, resolved, folder)
+    try:
+        return start(flags, name, resolved, folder)
+    except SignalException:  # while its report was written
+        return 0
 
 
 def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path, begin: Callable[[], None] = lambda: None) -> int:
@@ -150,7 +159,10 @@ def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path
     if nodes > 1:
         preflight.meet_nodes(flags, name, backend, resolved.config)
     begin()
-    return supervise(lambda attempt: torchrun_arguments(flags, resolved, name, folder, attempt), resolved.config, folder)
+    code = supervise(lambda attempt: torchrun_arguments(flags, resolved, name, folder, attempt), resolved.config, folder)
+    if code == 0 and resolved.config.report and not flags.node_rank:
+        write_report(folder, resolved.config.device)
+    return code
 
 
 def check(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> tuple[Resolved, Any]:
@@ -172,51 +184,6 @@ def check(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path
         check_data(resolved.config)
     check_folder(folder)
     return resolved, backend
-
-
-def train_stages(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> int:
-    """The stages of a run one after the other, each in a folder of its own within ``folder``; those that are done are left as they are.
-
-    All are checked before the first begins. Each ends at its own ``epochs``, ``max_steps`` or ``target``. Flags win over a file's stages.
-    """
-    common, source = resolved.config.model_dump(mode="json"), resolved.sources["stages"]
-    flagged = [] if source.startswith("--") else [key for key, where in resolved.sources.items() if where.startswith("--")]
-    runs = []
-    for number, stage in enumerate(resolved.config.stages, 1):
-        own = {key: value for key, value in stage.items() if key not in flagged}
-        sources = {**resolved.sources, **dict.fromkeys(own, f"stage {number} of {source}")}
-        config = validate({**common, "stages": [], **own}, sources)
-        check_backend(name, Resolved(config, sources))
-        if number > 1:
-            config = config.model_copy(update={"checkpoint": str(folder / f"stage-{number - 1}"), "backbone_path": None})
-        runs.append((Resolved(config, sources), folder / f"stage-{number}"))
-
-    def begin() -> None:
-        from base.records import keep_config
-
-        keep_config(folder, resolved, name)
-
-    for number, (stage, place) in enumerate(runs, 1):
-        height, width = stage.config.image_size
-        print(f"\nstage {number} of {len(runs)}: {height}×{width}, {stage.config.epochs} epochs", flush=True)
-        if flags.dry_run and stage.config.checkpoint and number > 1:
-            stage = Resolved(stage.config.model_copy(update={"checkpoint": None}), stage.sources)  # it is not there yet
-        elif finished(place):
-            print(f"{place} is done", flush=True)
-            continue
-        flags.resume = str(place) if place.exists() else None
-        if code := start(flags, name, stage, place, begin):
-            return code
-    return 0
-
-
-def finished(run: Path) -> bool:
-    """Whether a run came to its end."""
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    return bool(lines) and '"kind": "end"' in lines[-1]
 
 
 def fresh(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, Resolved]:
@@ -250,7 +217,10 @@ def resumed(flags: argparse.Namespace, overrides: dict[str, Any]) -> tuple[str, 
         raise UserError(f"--{fixed[0]} cannot change when a run is resumed; what can: {', '.join(sorted(RESUMABLE))}")
     values |= overrides
     sources = {**dict.fromkeys(values, f"--resume {folder}"), **{key: f"--{key}" for key in overrides}}
-    return name, Resolved(validate(values, sources), sources), folder
+    config = validate(values, sources)
+    if (config.trials > 1) != (stored.trials > 1):
+        raise UserError(f"--trials {config.trials}: {folder} is {'a folder of trials' if stored.trials > 1 else 'one run'} and stays so")
+    return name, Resolved(config, sources), folder
 
 
 def found(resolved: Resolved) -> Resolved:
@@ -295,6 +265,8 @@ def check_backend(name: str, resolved: Resolved):
         )
     if here is not None and max(config.device_ids, default=0) >= here:
         raise UserError(f"device_ids {list(config.device_ids)}: this machine has {here} {kind} devices, 0…{here - 1}")
+    if config.tensorboard:
+        tensorboard.check()
     if config.telemetry_seconds and backend.telemetry:
         check_sensor(backend.telemetry, kind)
     model = backend.model(num_classes=2, image_size=config.image_size, strides=config.strides, backbone=config.backbone)

@@ -105,7 +105,7 @@ def facts(config: Config, name: str, backend: Any, resume: bool, run: str) -> di
 def code(backends: Iterable[str]) -> dict[str, str]:
     """The sums of the project's source files and those of the backends that a run uses, without tests."""
     found = {}
-    for folder in (ROOT / "base", ROOT / "data_sets", *(backend_folder(name) for name in sorted(backends))):
+    for folder in (ROOT / "base", ROOT / "data_sets", ROOT / "formats", *(backend_folder(name) for name in sorted(backends))):
         for path in sorted(folder.rglob("*")):
             if path.suffix in CODE and "tests" not in path.relative_to(folder).parts:
                 found[f"file {path.relative_to(folder.parent)}"] = digest(path)[:DIGITS]

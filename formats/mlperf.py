@@ -4,6 +4,7 @@
 """
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,12 @@ from mlperf_logging.mllog import mllog
 
 from base.config import Config
 from base.schedule import scaled_rate, warmup_steps
+
+
+def run_seconds(log: str) -> float | None:
+    """MLPerf's result: seconds from run_start to run_stop, breaks of a run that was resumed included; None unless the log has both."""
+    found = {key: int(stamp) for stamp, key in re.findall(r'"time_ms": (\d+),.*"key": "(run_start|run_stop)"', log)}
+    return (found[keys.RUN_STOP] - found[keys.RUN_START]) / 1e3 if len(found) == 2 else None
 
 
 class _Lines(logging.Handler):

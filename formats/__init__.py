@@ -1,0 +1,1 @@
+"""What a run records in other programs' formats: MLPerf's log, TensorBoard's event files."""
