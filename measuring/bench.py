@@ -113,8 +113,10 @@ def guarded(options: argparse.Namespace) -> int:
     from measuring import guard
 
     if options.write:
-        name = (options.name or [DEFAULT_BACKEND])[0]
-        guard.write(options.guard, name, guard.ratios(log, name))
+        name, *others = options.name or [DEFAULT_BACKEND]
+        if others or name == "reference":
+            raise UserError(f"--guard holds one backend to the reference, not {' '.join(options.name)}; name that one")
+        written(options.guard, guard.baseline(log, name))
         print(f"written: {options.guard}")
         return 0
     return guard.guard(log, options.guard)

@@ -26,6 +26,11 @@ def text(found: Sequence[Growth]) -> str:
     return aligned([HEAD, *(row for growth in found for row in rows_of(growth))])
 
 
+def chart(growth: Growth) -> str:
+    lines = [Line(f"{name}, exponent {exponent(fit)}", growth.sizes, growth.seconds[name]) for name, fit in growth.fits().items()]
+    return line_chart(f"{growth.part}, seconds by {growth.what}", lines, logarithmic=True)
+
+
 def growth_page(found: Sequence[Growth], about: dict[str, str], quick: bool) -> str:
     """One file that stands alone."""
     told = "Seconds a call by size, both axes logarithmic: a straight line is a power of the size, and its slope the exponent. "
@@ -34,10 +39,7 @@ def growth_page(found: Sequence[Growth], about: dict[str, str], quick: bool) -> 
     body, parts = [f"<p>{escape(told)}</p>", table(("machine", ""), list(about.items()), words=True)], list(dict.fromkeys(g.part for g in found))
     for part in parts:
         of_it = [growth for growth in found if growth.part == part]
-        charts = [
-            line_chart(f"{part}, seconds by {growth.what}", [Line(n, growth.sizes, s) for n, s in growth.seconds.items()], logarithmic=True)
-            for growth in of_it
-        ]
+        charts = [chart(growth) for growth in of_it]
         rows = [row[1:] for growth in of_it for row in rows_of(growth)]
         body.append(f'<h2 id="{escape(part)}">{escape(part)}</h2>{table(HEAD[1:], rows, words=True)}<div class="beside">{"".join(charts)}</div>')
     return page("Growth of costs", "\n".join(body), [(part, part) for part in parts])

@@ -6,45 +6,60 @@ those to the ceiling on its memory besides, so they get the wider margin.
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from base.errors import UserError
 from measuring import parts
-from measuring.figures import Figure, Log, aligned, machine
+from measuring.figures import Log, aligned, machine, number
 
 GUARDED = ("matcher", "loss", "decoder", "loader", "step")
 MARGINS = {"reference": 0.4, "ceiling": 0.2}  # what is left of a stored ratio at the bound
 Ratios = dict[str, dict[str, dict[str, float]]]  # part → figure → "reference" or "ceiling" → ratio
 
 
-def ratios(log: Log, name: str, wanted: Sequence[str] = GUARDED) -> Ratios:
+def ratios(log: Log, name: str, wanted: Sequence[str]) -> Ratios:
     """Of a backend's quick figures."""
     found: Ratios = {}
     for part in wanted:
         log(part)
-        mine = [figure for figure in getattr(parts, part)(lambda line: None, [name, "reference"], quick=True) if of(figure, name)]
+        figures = getattr(parts, part)(lambda line: None, [name, "reference"], quick=True)
+        mine = [figure for figure in figures if figure.name.split(",")[0] == name]
         found[part] = {figure.name: {kind: round(getattr(figure, kind), 4) for kind in MARGINS} for figure in mine}
     return found
 
 
-def of(figure: Figure, name: str) -> bool:
-    return figure.name.split(",")[0] == name
+@dataclass(frozen=True)
+class Held:
+    """One ratio beside the stored one."""
+
+    part: str
+    figure: str
+    kind: str
+    ratio: float
+    stored: float
+
+    @property
+    def bound(self) -> float:
+        return MARGINS[self.kind] * self.stored
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio >= self.bound
 
 
-def faults(found: Ratios, stored: Ratios) -> list[tuple[str, str, str, float, float, float]]:
-    """(part, figure, kind, ratio, stored ratio, bound) of what fell below its bound."""
-    out = []
-    for part, figures in found.items():
-        for figure, kinds in figures.items():
-            for kind, ratio in kinds.items():
-                before = stored[part][figure][kind]
-                if ratio < MARGINS[kind] * before:
-                    out.append((part, figure, kind, ratio, before, MARGINS[kind] * before))
-    return out
+def held(found: Ratios, stored: Ratios) -> list[Held]:
+    """Every ratio beside its stored one; both have the same parts and figures."""
+    return [
+        Held(part, figure, kind, ratio, stored[part][figure][kind])
+        for part, figures in found.items()
+        for figure, kinds in figures.items()
+        for kind, ratio in kinds.items()
+    ]
 
 
-def shape(found: Ratios) -> dict[str, list[str]]:
-    return {part: sorted(figures) for part, figures in found.items()}
+def shape(found: Ratios) -> dict[str, dict[str, list[str]]]:
+    return {part: {figure: sorted(kinds) for figure, kinds in figures.items()} for part, figures in found.items()}
 
 
 def read(file: Path) -> dict:
@@ -55,8 +70,11 @@ def read(file: Path) -> dict:
         raise UserError(f"--guard {file} cannot be read ({error.strerror}); python -m base bench --guard {file} --write writes it") from error
     except ValueError as error:
         raise UserError(f"--guard {file} is no JSON: {error}; {renew(file)}") from error
-    numbers = [ratio for figures in content.get("ratios", {}).values() for kinds in figures.values() for ratio in kinds.values()]
-    if not numbers or not all(isinstance(ratio, float | int) and ratio > 0 for ratio in numbers) or not isinstance(content.get("backend"), str):
+    try:
+        whole = isinstance(content["backend"], str) and all(one.stored > 0 for one in held(content["ratios"], content["ratios"]))
+    except (LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise UserError(f"--guard {file} has no ratios of a backend; {renew(file)}")
     return content
 
@@ -65,35 +83,28 @@ def renew(file: Path) -> str:
     return f"python -m base bench --guard {file} --write renews it"
 
 
-def write(file: Path, name: str, found: Ratios) -> None:
-    content = {"backend": name, "machine": machine(), "ratios": found}
-    try:
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--guard {file} cannot be written ({error.strerror}); name a file in a folder that can be") from error
+def baseline(log: Log, name: str) -> str:
+    """What to store of a backend."""
+    return json.dumps({"backend": name, "machine": machine(), "ratios": ratios(log, name, GUARDED)}, indent=1) + "\n"
 
 
 def guard(log: Log, file: Path) -> int:
     """Exit code 0 if no ratio fell below its bound, 1 if one did, in a second measurement too."""
     content = read(file)
     name, stored = content["backend"], content["ratios"]
-    found = ratios(log, name)
+    found = ratios(log, name, GUARDED)
     if shape(found) != shape(stored):
         raise UserError(f"--guard {file} has ratios of other figures than are measured now; {renew(file)}")
-    fallen = faults(found, stored)
-    if fallen:
-        again = list(dict.fromkeys(part for part, *_ in fallen))
+    if again := list(dict.fromkeys(one.part for one in held(found, stored) if not one.ok)):
         log(f"below the bound, so measured once more: {' '.join(again)}")
-        fallen = faults(found := found | ratios(log, name, again), stored)
-    rows = [("part", "figure", "ratio to", "ratio", "stored", "bound")]
-    for part, figures in found.items():
-        for figure, kinds in figures.items():
-            for kind, ratio in kinds.items():
-                before = stored[part][figure][kind]
-                rows.append((part, figure, kind, f"{ratio:.3g}", f"{before:.3g}", f"{MARGINS[kind] * before:.3g}"))
-    print(aligned(rows))
-    for part, figure, kind, ratio, before, bound in fallen:
-        print(f"SLOWER: {part}: {figure} / {kind} is {ratio:.3g}, stored {before:.3g}, bound {bound:.3g}")
+        found |= ratios(log, name, again)
+    rows = held(found, stored)
+    cells = [(one.part, one.figure, one.kind, *map(number, (one.ratio, one.stored, one.bound)), "ok" if one.ok else "SLOWER") for one in rows]
+    print(aligned([("part", "figure", "ratio to", "now", "stored", "bound", ""), *cells]))
+    fallen = [one for one in rows if not one.ok]
+    for one in fallen:
+        numbers = f"{number(one.ratio)}, stored {number(one.stored)}, bound {number(one.bound)}"
+        print(f"SLOWER: {one.part}: {one.figure} / {one.kind} is {numbers}")
     if fallen:
-        print(f"if the change is meant, {renew(file)}, and the file is part of the change")
+        print(f"if the change is meant, {renew(file)}; commit the file with it")
     return 1 if fallen else 0

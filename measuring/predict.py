@@ -66,6 +66,6 @@ def measure(log: Log, names: list[str]) -> list[Figure]:
                     for first in range(0, len(parts[0]), IMAGES):
                         detector.step.predict(batch[: len(parts[0]) - first])
 
-                limit = Limit((Ceiling(f"{name}, forward", "images", len(parts[0]), forward),), 1.0, "the forward pass alone")
+                limit = Limit((Ceiling(name, "images", len(parts[0]), forward),), 1.0, "the forward pass alone")
                 figures += compared("predict", {case: Case({name: detect}, len(parts[0]), "images/s", (limit,))}, ROUNDS)
     return figures
