@@ -66,12 +66,6 @@ def products() -> tuple[Ceiling, ...]:
 def decoding(files: Sequence[bytes], threads: int) -> tuple[Ceiling, ...]:
     """Whole pictures to RGB in memory, by every decoder at hand."""
 
-    def torchvision(some: Sequence[bytes]) -> None:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        for file in some:
-            decode_jpeg(torch.frombuffer(bytearray(file), dtype=torch.uint8), mode=ImageReadMode.RGB)
-
     def simplejpeg(some: Sequence[bytes]) -> None:
         from simplejpeg import decode_jpeg
 
@@ -90,7 +84,7 @@ def decoding(files: Sequence[bytes], threads: int) -> tuple[Ceiling, ...]:
 
         return Ceiling(f"{name}, {threads} thread{'s' * (threads > 1)}", "images", len(files), run)
 
-    at_hand = {"PIL": pil, "torchvision": torchvision}
+    at_hand = {"PIL": pil}
     if importlib.util.find_spec("simplejpeg"):
         at_hand["simplejpeg"] = simplejpeg
     return tuple(of(name, decode) for name, decode in at_hand.items())

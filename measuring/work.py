@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +62,7 @@ def demo_model() -> dict:
     return {"num_classes": CLASSES, "image_size": config.image_size, "strides": config.strides, "backbone": config.backbone}
 
 
+@cache
 def default_boxes(side: int = SIZE[0]) -> DefaultBoxes:
     return load_backend("reference").model(num_classes=2, image_size=(side, side), strides=STRIDES, backbone="resnet18").default_boxes
 
