@@ -11,7 +11,7 @@ TOOLS = {
     "evaluate": ("base.tools.evaluate", "the 12 COCO figures of a checkpoint, and AP a class"),
     "predict": ("base.tools.predict", "pictures with what a checkpoint detects in them"),
     "export": ("base.tools.export", "write a checkpoint as ONNX, as a torch.export program or in MLPerf's layout, and check it"),
-    "bench": ("base.tools.bench", "measure parts of the benchmark on this machine"),
+    "bench": ("measuring.bench", "measure the parts of the benchmark on this machine, beside each other, the reference and the machine's own rates"),
     "report": ("report.tool", "what a run did, or several runs beside each other, as one page"),
     "scale": ("planning.scale", "predict images/s and the time of epochs on more devices, from a run on one"),
     "trials": ("submission.trials", "repeated runs in a table, with median, spread and MLPerf's Olympic mean (what --trials closes with)"),

@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 import secrets
-import statistics
 import sys
 import tempfile
 import traceback
@@ -22,11 +21,11 @@ from base.backend import ALIASES, SLOTS, Backend, backend_folder, load_backend, 
 from base.backends import DEFAULT_BACKEND
 from base.distributed import device_for
 from base.errors import UserError
-from base.tools.bench import machine
-from base.tools.bench_parts import interleaved
 from base.tools.launch import flag_value
 from conformance import loaders, model, parts, whole
 from conformance.parts import Kit
+from measuring.figures import machine
+from measuring.timing import interleaved, ratio
 
 CHECKS = {**parts.CHECKS, **model.CHECKS, **loaders.CHECKS, **whole.CHECKS}  # part → its checks
 SPEEDS = {**parts.SPEEDS, **model.SPEEDS, **loaders.SPEEDS}  # part → what makes a timed call for a backend
@@ -78,7 +77,7 @@ def speed(kit: Kit, part: str) -> float | None:
 
     own, plain = (waited(SPEEDS[part](kit, backend)) for backend in (kit.backend, kit.reference))
     seconds = interleaved({"own": own, "plain": plain}, ROUNDS)
-    return statistics.median(plain / own for own, plain in zip(seconds["own"], seconds["plain"], strict=True))
+    return ratio(seconds["plain"], seconds["own"])
 
 
 def chosen(backend: Backend, only: list[str] | None, everything: bool) -> list[str]:

@@ -1,6 +1,6 @@
 """What this backend is measured beside, in the rounds of ``python -m base bench``: other people's programs for the same work.
 
-Each function takes what its part measures (`base.tools.bench_parts`) and returns name → callable, or name → why it cannot be
+Each function takes what its part measures (`measuring.work`) and returns name → callable, or name → why it cannot be
 measured. MLPerf's reference (SSD v1) comes from MosaicML's Composer, which ships its files; they are loaded one by one,
 for the package itself needs much that is not needed here.
 """
@@ -10,32 +10,30 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-MLPERF, DALI, SIMPLEJPEG, FASTER = "MLPerf reference", "DALI on the CPU", "decoding alone, simplejpeg", "faster-coco-eval"
+MLPERF, DALI, FASTER = "MLPerf reference", "DALI on the CPU", "faster-coco-eval"
 INSTALL = "pip install -r cpu/peers.txt"
 INSTALL_MLPERF = "pip install --no-deps mosaicml==0.10.1"
 CRITERION = 0.5
 
-# part → case → peer → what a rate of this backend should be at least, as a multiple of the peer's; "": the rate itself
+# part → case → peer → what a rate of this backend should be at least, as a multiple of the peer's or the ceiling; "": the rate itself
 AT_LEAST = {
-    "loader": {"": {MLPERF: 8, DALI: 3.5, SIMPLEJPEG: 0.8}},
+    "loader": {"": {MLPERF: 8, DALI: 3.5, "ceiling": 0.8}},
     "matcher": {"7 boxes": {MLPERF: 40}, "500 boxes": {"": 1000}},
     "loss": {"float32": {MLPERF: 5}},  # as MLPerf trains; on bfloat16 logits its loss is another, less exact one
     "decoder": {"crowded": {MLPERF: 500}, "all above the threshold": {"": 1000 / 150}},
     "evaluator": {"": {"": 5000 / 4}},
-    "predict": {"SSD300-ResNet34": {"cpu, forward": 0.6}, "the demo's model": {"cpu, forward": 0.6}},
-    "step": {"": {MLPERF: 2.3, "ceiling by bfloat16 convolution": 0.85}},
+    "predict": {"SSD300-ResNet34": {"ceiling": 0.6}, "the demo's model": {"ceiling": 0.6}},
+    "step": {"": {MLPERF: 2.3, "ceiling": 0.85}},
 }
 AT_MOST = {"loader": {"memory a worker": 300, "its growth": 15}, "loss": {"extra memory": 1.2}}
 
@@ -93,22 +91,6 @@ def loader(work: SimpleNamespace) -> Peers:
         batches = DataLoader(MLPerfSamples(work.index, work.folder), batch_size=32, shuffle=True, num_workers=2, persistent_workers=True)
         peers[MLPERF] = lambda: [None for _ in batches]
     peers[DALI] = dali(work) if installed("nvidia.dali") else INSTALL
-    peers[SIMPLEJPEG] = INSTALL
-    if installed("simplejpeg"):
-        from simplejpeg import decode_jpeg
-
-        room = np.empty(640 * 640 * 3, np.uint8)  # without it, it spends a third of its time on getting memory
-
-        def decode(files: list[bytes]) -> None:
-            own = room.copy()
-            for file in files:
-                decode_jpeg(file, buffer=own)
-
-        def run() -> None:
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(decode, (work.files[::2], work.files[1::2])))
-
-        peers[SIMPLEJPEG] = run
     return peers
 
 

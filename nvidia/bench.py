@@ -38,9 +38,9 @@ from triton.errors import TritonError
 
 from base.contracts import Batch, Predictions
 from base.errors import UserError
-from base.tools.bench import machine
-from base.tools.bench_parts import CLASSES, SIZE, STEP_GFLOP, STRIDES, truth
 from data_sets.photographs import make
+from measuring.figures import machine
+from measuring.work import CLASSES, SIZE, STEP_GFLOP, STRIDES, truth
 
 ROUNDS, BEFORE = 7, 5  # measured calls, and those before: they compile, choose algorithms, capture
 TRIED = 2, 1  # the same on a CPU, where it is only to be seen that it works

@@ -50,17 +50,38 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def line_chart(caption: str, lines: Sequence[Line], aim: tuple[float, str] | None = None, within: Sequence[float] = ()) -> str:
-    """A chart of lines over a common x; ``aim`` is a level (value, name) to compare them with, ``within`` values that its axis has to span."""
+def powers(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis, as logarithms: powers of ten from ``low`` or below to ``high`` or above, and 2 and 5 times them if few."""
+    whole = range(math.floor(low + 1e-9), math.ceil(high - 1e-9) + 1)
+    factors = (1, 2, 5) if len(whole) <= 3 else (1,)
+    every = [power + math.log10(factor) for power in whole for factor in factors]
+    first = max(tick for tick in every if tick <= low + 1e-9)
+    last = min(tick for tick in every if tick >= high - 1e-9 and tick > first)
+    return [tick for tick in every if first <= tick <= last]
+
+
+def line_chart(
+    caption: str, lines: Sequence[Line], aim: tuple[float, str] | None = None, within: Sequence[float] = (), logarithmic: bool = False
+) -> str:
+    """A chart of lines over a common x; ``aim`` is a level (value, name) to compare them with, ``within`` values that its axis has to span.
+
+    ``logarithmic``: both axes are, and values above 0.
+    """
     kept = [(line, *thinned(line.x, line.y)) for line in lines]
     kept = [(line, x, y) for line, x, y in kept if len(x)]
+    named = short
+    if logarithmic:
+        kept = [(line, np.log10(x), np.log10(y)) for line, x, y in kept]
+        aim, within = aim and (math.log10(aim[0]), aim[1]), [math.log10(bound) for bound in within]
+        named = lambda power: short(10.0**power)  # noqa: E731
     if not kept:
         return f'<figure class="chart"><h3>{escape(caption)}</h3><p class="soft">not measured</p></figure>'
     values = [value for _, _, y in kept for value in (y.min(), y.max())] + ([aim[0]] if aim else []) + list(within)
-    rows = ticks(min(values), max(values))
+    marks = powers if logarithmic else ticks
+    rows = marks(min(values), max(values))
     low, high = min(x.min() for _, x, _ in kept), max(x.max() for _, x, _ in kept)
     wide = (high - low) or 1.0
-    columns = [tick for tick in ticks(low, high) if low <= tick <= high] if high > low else [low]
+    columns = [tick for tick in marks(low, high) if low - 1e-9 <= tick <= high + 1e-9] if high > low else [low]
 
     def right(x: float) -> float:
         return 1000 * (x - low) / wide
@@ -76,10 +97,10 @@ def line_chart(caption: str, lines: Sequence[Line], aim: tuple[float, str] | Non
         drawn.append(f'<path class="{style}" d="M{" ".join(points)}"/>')
         if len(points) <= MARKED:
             drawn.append(f'<path class="{style} points" d="{"".join(f"M{point}h0" for point in points)}"/>')
-    labels = [f'<span class="y" style="top:{down(tick) / 10:.2f}%">{short(tick)}</span>' for tick in rows]
-    labels += [f'<span class="x" style="left:{right(tick) / 10:.2f}%">{short(tick)}</span>' for tick in columns]
+    labels = [f'<span class="y" style="top:{down(tick) / 10:.2f}%">{named(tick)}</span>' for tick in rows]
+    labels += [f'<span class="x" style="left:{right(tick) / 10:.2f}%">{named(tick)}</span>' for tick in columns]
     told = "; ".join(
-        f"{line.name}: {len(line.x):,} records, first {short(y[0])}, last {short(y[-1])}, {short(y.min())} to {short(y.max())}" for line, _, y in kept
+        f"{line.name}: {len(line.x):,} records, first {named(y[0])}, last {named(y[-1])}, {named(y.min())} to {named(y.max())}" for line, _, y in kept
     )
     keys = [line_key(f"l{number % STYLES}", line.name) for number, (line, _, _) in enumerate(kept)]
     keys += [line_key("aim mark", aim[1])] if aim else []

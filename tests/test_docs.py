@@ -22,7 +22,7 @@ def blocks() -> list[tuple[str, str, str]]:
 
 def scratch_project(place: Path) -> Path:
     """The project with the reference as its only backend."""
-    for name in ("base", "conformance", "data_sets", "formats", "pages", "reference", "tests/golden"):
+    for name in ("base", "conformance", "data_sets", "formats", "measuring", "pages", "reference", "tests/golden"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "run_training.sh", place)
     return place

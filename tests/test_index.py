@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from base.contracts import FIGURES
 from base.errors import UserError
-from base.tools import bench, bench_index
 from data_sets import coco_json
 from data_sets import index as index_module
 from data_sets import pack as index_tool
 from data_sets.index import AnnotationIndex
+from measuring import bench
+from measuring import index as measured
 from tests.annotations import changed, coco, counts, opened, write
 from tests.conftest import GOLDEN, ROOT
 
@@ -96,7 +97,7 @@ def start(file: Path, **options) -> subprocess.Popen:
 
 def test_processes_at_once_pack_once(tmp_path):
     file = tmp_path / "instances_train2017.json"
-    bench_index.generate(file, 2_000, 10_000, lambda line: None)
+    measured.generate(file, 2_000, 10_000, lambda line: None)
     assert file.stat().st_size > index_module.PARSE_HERE_BYTES  # so this also covers the child that parses
     running = [start(file) for _ in range(3)]
     answers = [process.communicate(timeout=60) for process in running]
@@ -200,15 +201,15 @@ def test_opening_imports_no_torch():
 
 
 def test_bench_reports_a_missed_limit(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_index, "IMAGES", 200)
-    monkeypatch.setattr(bench_index, "BOXES", 500)
-    monkeypatch.setattr(bench_index, "OPENINGS", 2)
+    monkeypatch.setattr(measured, "IMAGES", 200)
+    monkeypatch.setattr(measured, "BOXES", 500)
+    monkeypatch.setattr(measured, "OPENINGS", 2)
     assert bench.main(["--part", "index", "--json", str(tmp_path / "figures.json")]) == 0
-    monkeypatch.setattr(bench_index, "OPEN_SECONDS", 0.0)
+    monkeypatch.setattr(measured, "OPEN_SECONDS", 0.0)
     assert bench.main(["--part", "index"]) == 1
     assert "MISS" in capsys.readouterr().out
     content = json.loads((tmp_path / "figures.json").read_text())
-    assert content["machine"]["cores"] and all(figure["ok"] for figure in content["figures"])
+    assert content["machine"]["cores"] and all(figure["ok"] for figure in content["parts"][0]["figures"])
 
 
 @pytest.mark.long

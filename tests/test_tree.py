@@ -29,7 +29,7 @@ IMPORTS = {
     "reference": {"base", "data_sets"},
     "cpu": {"base", "data_sets", "reference"},
 }
-OF_AN_ACCELERATOR = {"base", "base.tools", "cpu", "data_sets", "measuring", "reference"}
+OF_AN_ACCELERATOR = {"base", "cpu", "data_sets", "measuring", "reference"}
 
 
 def tracked() -> list[Path]:

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from base.tools.bench import Figure
+from measuring.figures import Figure, Log
 
 IMAGES, BOXES, CLASSES = 118_287, 860_001, 80  # COCO train2017
 PACK_SECONDS, OPEN_SECONDS, MEMORY_MB = 60, 1.0, 150
@@ -34,7 +34,7 @@ print(json.dumps([seconds, *memory, index.origin, len(index), len(index.boxes)])
 """
 
 
-def generate(file: Path, images: int, boxes: int, log: Callable[[str], None], points: int = 23) -> None:
+def generate(file: Path, images: int, boxes: int, log: Log, points: int = 23) -> None:
     """Write a COCO-like annotation file: always the same bytes; ``points`` is the mean number of polygon corners."""
     rng = np.random.default_rng(1)
     category_ids = np.sort(rng.choice(np.arange(1, 91), CLASSES, replace=False)).tolist()
@@ -71,8 +71,8 @@ def generate(file: Path, images: int, boxes: int, log: Callable[[str], None], po
         out.write('], "categories": ' + json.dumps([{"id": key, "name": f"class {key}"} for key in category_ids]) + "}")
 
 
-def measure(log: Callable[[str], None], names: Sequence[str] = ()) -> list[Figure]:
-    root = str(Path(__file__).resolve().parents[2])
+def measure(log: Log, names: Sequence[str] = ()) -> list[Figure]:
+    root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
     def opened(file: Path) -> list:

@@ -4,18 +4,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from base.tools.bench import Figure
 from data_sets.photographs import make
+from measuring.figures import Figure, Log
 
 SIZE, BATCH, STEPS, MOST_GB = 1200, 2, 4, 8.0
 PART = f"""training at {SIZE}×{SIZE}, strides 3 3 2 2 2 2, ResNet-34, 81 classes, batch {BATCH}, {STEPS} steps and an evaluation of 16 images
   memory  the most that any process of the run had resident, as the kernel counted it (ru_maxrss)"""
 
 
-def measure(log: Callable[[str], None], names: list[str]) -> list[Figure]:
+def measure(log: Log, names: list[str]) -> list[Figure]:
     figures = []
     with tempfile.TemporaryDirectory(prefix="ssd-bench-") as scratch:
         folder = Path(scratch)

@@ -2,21 +2,22 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import torch
 
 from base import checkpoint
 from base.backend import load_backend
-from base.backends import backend_folder
 from base.checkpoint import Progress
-from base.config import Config, resolve, validate
-from base.tools.bench import Figure
-from base.tools.bench_parts import IMAGES, compared
+from base.config import Config, validate
 from base.tools.detector import Detector, coco_categories, open_checkpoint
 from base.tools.predict import find, predict
 from data_sets.demo_data import generate
+from measuring.ceilings import Ceiling, Limit
+from measuring.figures import Figure, Log
+from measuring.parts import IMAGES, compared
+from measuring.work import Case, demo
 
 PICTURES, ROUNDS, SHARE = 1_000, 3, 0.6
 PART = f"""predict, {PICTURES:,} JPEGs of the demo, batches of {IMAGES}, in {ROUNDS} parts: SSD300-ResNet34 with 81 classes, and the demo's model
@@ -42,7 +43,7 @@ def ten_boxes(detector: Detector, images: torch.Tensor) -> float:
     return scores.flatten(1).topk(10).values[:, -1].mean().item()
 
 
-def measure(log: Callable[[str], None], names: list[str]) -> list[Figure]:
+def measure(log: Log, names: list[str]) -> list[Figure]:
     figures = []
     with tempfile.TemporaryDirectory(prefix="ssd-bench-") as scratch:
         folder = Path(scratch)
@@ -50,14 +51,13 @@ def measure(log: Callable[[str], None], names: list[str]) -> list[Figure]:
         generate(folder / "demo", PICTURES, 3, 160, 1)
         files = find([folder / "demo" / "train2017"])
         parts = [dict(list(files.items())[number::ROUNDS]) for number in range(ROUNDS)]
-        demo = resolve(backend_folder("reference"), "demo").config
-        for case, config in (("SSD300-ResNet34", Config()), ("the demo's model", demo)):
+        for case, config in (("SSD300-ResNet34", Config()), ("the demo's model", demo())):
             path = random_weights(validate({**config.model_dump(mode="json"), "data_dir": None}, {}), folder)
             for name in names:
                 log(f"{case} by {name}")
                 detector = open_checkpoint(path, name, "cpu", workers=len(os.sched_getaffinity(0)), eval_batch_size=IMAGES)
                 batch = torch.randint(0, 256, (IMAGES, *config.image_size, 3), dtype=torch.uint8)
-                score, left = ten_boxes(detector, batch), iter([parts[0], *parts])
+                score, left = ten_boxes(detector, batch), cycle(parts)
 
                 def detect(detector=detector, score=score, left=left) -> None:
                     predict(detector, next(left), folder / "out", score, quiet=True)
@@ -66,5 +66,6 @@ def measure(log: Callable[[str], None], names: list[str]) -> list[Figure]:
                     for first in range(0, len(parts[0]), IMAGES):
                         detector.step.predict(batch[: len(parts[0]) - first])
 
-                figures += compared("predict", case, {name: detect}, None, len(parts[0]), "images/s", ROUNDS, {f"{name}, forward": forward})
+                limit = Limit((Ceiling(name, "images", len(parts[0]), forward),), 1.0, "the forward pass alone")
+                figures += compared("predict", {case: Case({name: detect}, len(parts[0]), "images/s", (limit,))}, ROUNDS)
     return figures
