@@ -63,7 +63,7 @@ def test_the_fields_of_a_line_are_on_the_page_and_no_others(run, kind):
     written, told = {key for line in lines if line["kind"] == kind for key in line} - COMMON, rows(section(f"`{kind}`"))
     assert written and written <= told.keys()
     for name in told.keys() - written:
-        assert "left out" in told[name] and re.search(rf"""["']{name}["']|\b{name}=""", CODE), f"{name} is in no line of kind {kind}"
+        assert "left out" in told[name] and re.search(rf'"{name}":|\b{name}=', CODE), f"{name} is in no line of kind {kind}"
     assert kind != "evaluation" or list(told)[-12:] == list(FIGURES)
 
 
