@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 SITTING = ROOT / "docs" / "adding-a-backend.md"
 BLOCK = re.compile(r"^(?:`([^`\n]+)`:\n\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # the file's name, the language, the text
-DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "*/README.md") for path in ROOT.glob(pattern))
+DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "[!.]*/README.md") for path in ROOT.glob(pattern))
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -64,7 +64,7 @@ def anchors(document: Path) -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
-    for file, anchor in re.findall(r"\]\(([^)#:\s]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
+    for file, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", document.read_text(encoding="utf-8")):
         target = document.parent / file if file else document
         assert target.exists(), file
         assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
