@@ -25,7 +25,7 @@ from tests.test_docs import BLOCK, DOCUMENTS, SITTING
 
 PROGRAMS = "python3?|bash|source|sbatch|docker|pip|ruff|apt-get|sudo|torchrun"
 COMMAND = re.compile(rf"((?:[A-Z_]+=\S+ )*)((?:{PROGRAMS}) .+|\./run\.sub.*|\w+/docker/run_with_docker\.sh.*)")
-INLINE = re.compile(r"`([^`\n]+)`")
+INLINE = re.compile(r"`((?:[^`\n]|\n(?!\n))+)`")  # perhaps over two lines of a paragraph
 
 # How a command is run, by its beginning, the first that fits. A third column names the test that goes further, or says why none here does.
 #   run    as it stands, with what `places` has for its names; `python -m base …` in this process, all others by bash
@@ -93,7 +93,7 @@ def commands() -> list[str]:
         blocks = [] if document == SITTING else BLOCK.findall(text)
         lines = [line for name, language, block in blocks if not name and language in ("", "sh") for line in block.replace("\\\n", " ").splitlines()]
         found += [re.sub(r"\s+#.*", "", line) for line in lines] + INLINE.findall(BLOCK.sub("", text))
-    return list(dict.fromkeys(" ".join(text.split()) for text in found if COMMAND.fullmatch(text.strip())))
+    return list(dict.fromkeys(text for text in (" ".join(each.split()) for each in found) if COMMAND.fullmatch(text)))
 
 
 def way(command: str) -> tuple[str, str, str] | None:
