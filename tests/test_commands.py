@@ -27,7 +27,7 @@ PROGRAMS = "python3?|bash|source|sbatch|docker|pip|ruff|apt-get|sudo|torchrun"
 COMMAND = re.compile(rf"((?:[A-Z_]+=\S+ )*)((?:{PROGRAMS}) .+|\./run\.sub.*|\w+/docker/run_with_docker\.sh.*)")
 INLINE = re.compile(r"`((?:[^`\n]|\n(?!\n))+)`")  # perhaps over two lines of a paragraph
 
-# How a command is run, by its beginning, the first that fits. A third column names the test that goes further, or says why none here does.
+# How a command is run, by its beginning (with $: by all of it), the first that fits. A third column names the test that goes further, or says why none here does.
 #   run    as it stands, with what `places` has for its names; `python -m base …` in this process, all others by bash
 #   slow   likewise, as a long test
 #   train  by a dry run in this process; then, as a long test, SHORT flags are added and it trains a few steps
@@ -40,6 +40,7 @@ WAYS = (
     ("python3 prepare.py --name reference --data_dir /data/coco --download", "parse", "tests/test_download.py::test_data_set_and_second_call"),
     ("python3 prepare.py --data_dir", "parse", "tests/test_layouts.py::test_it_is_found_before_anything_is_installed"),
     ("python3 prepare.py", "parse", "tests/test_prepare.py::test_first_run_second_run_check_and_a_changed_package"),
+    ("bash run_training.sh$", "check", "tests/test_demo.py::test_the_demo_reaches_the_target_and_its_log_is_compliant"),
     ("bash run_training.sh --list", "run", ""),
     ("bash run_training.sh --nnodes 2", "check", "tests/test_runs.py::test_two_nodes"),
     ("bash run_training.sh --name … --config …x2x8", "check", "tests/test_hosts.py::test_hosts_that_differ_are_told_before_anything_starts"),
@@ -99,7 +100,7 @@ def commands() -> list[str]:
 def way(command: str) -> tuple[str, str, str] | None:
     """The line of WAYS for a command; None: there is none."""
     plain = COMMAND.fullmatch(command)[2]
-    return next((line for line in WAYS if plain.startswith(line[0])), None)
+    return next((line for line in WAYS if f"{plain}$".startswith(line[0])), None)
 
 
 def cases(command: str) -> list:
@@ -124,8 +125,9 @@ def places(tmp_path_factory, demo_data) -> dict[str, str]:
         (folder / name).symlink_to(run)
     photo = next((demo_data / "val2017").iterdir())
     values = {
-        "/data/coco/resnet34-333f7ec4.pth": weights, "/data/coco": demo_data, "/data/mine": demo_data, "D": demo_data, "--data_dir DIR": demo_data,
-        "runs/NAME": run, "runs/…": run, "runs/A": folder / "A", "runs/B": folder / "B", "runs/C": folder / "C",
+        "/data/coco/resnet34-333f7ec4.pth": weights, "/data/coco": demo_data, "/data/mine": demo_data, "D": demo_data,
+        "--data_dir DIR": demo_data, "data DIR": demo_data,
+        "runs/NAME": run, "RUN…": run, "runs/A": folder / "A", "runs/B": folder / "B", "runs/C": folder / "C",
         "--checkpoint …": run, "--data_dir …": demo_data, "--backbone_path …": weights, "FILE": weights, "--out FILE": "detector.pt",
         "--name …": "nvidia", "--name acme": "cpu", "--config …x2x8": "V100x2x8", "HOST:PORT": "localhost:29500", "alpha:29500": "localhost:29500",
         "IMAGES…": photo, "photo.jpg": photo, "folder/": demo_data / "val2017",
