@@ -27,7 +27,8 @@ PROGRAMS = "python3?|bash|source|sbatch|docker|pip|ruff|apt-get|sudo|torchrun"
 COMMAND = re.compile(rf"((?:[A-Z_]+=\S+ )*)((?:{PROGRAMS}) .+|\./run\.sub.*|\w+/docker/run_with_docker\.sh.*)")
 INLINE = re.compile(r"`((?:[^`\n]|\n(?!\n))+)`")  # perhaps over two lines of a paragraph
 
-# How a command is run, by its beginning (with $: by all of it), the first that fits. A third column names the test that goes further, or says why none here does.
+# How a command is run, by its beginning (with $: by all of it), the first that fits. The third column names the test that goes further, or
+# says why there is none.
 #   run    as it stands, with what `places` has for its names; `python -m base …` in this process, all others by bash
 #   slow   likewise, as a long test
 #   train  by a dry run in this process; then, as a long test, SHORT flags are added and it trains a few steps
