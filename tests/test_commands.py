@@ -34,7 +34,7 @@ INLINE = re.compile(r"`((?:[^`\n]|\n(?!\n))+)`")  # perhaps over two lines of a 
 #   train  by a dry run in this process; then, as a long test, SHORT flags are added and it trains a few steps
 #   check  by a dry run: devices, data and weights are looked for as before training
 #   parse  its options are read by its own parser
-#   test   not here
+#   test   not here; the project's files that it names are there, and its scripts can be read by bash
 WAYS = (
     ("python3 prepare.py --check", "parse", "tests/test_prepare.py::test_check_names_every_fault_and_its_fix"),
     ("python3 prepare.py --name acme --check", "parse", "tests/test_prepare.py::test_prepare_installs_a_vendors_wheels"),
@@ -196,10 +196,22 @@ def test_a_command_works(command, trained, places, tmp_path, monkeypatch, capsys
         outcome(["train", *words[2:], *["--dry-run"] * ("--dry-run" not in words), *elsewhere(words, places)], capsys)
     elif words[:3] == ["python", "-m", "base"]:
         outcome(words[3:], capsys)
-    elif how == "run":
+    elif how == "test":
+        named_files(words)
+    else:
         text = shlex.join(words).replace("python ", f"{sys.executable} ", 1)
         done = subprocess.run(["bash", "-euc", text], cwd=ROOT, env={**os.environ, "SSD_PYTHON": sys.executable}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def named_files(words: list[str]) -> None:
+    """What a command that is not run names of the project is there."""
+    for word in words:
+        room, slash, _ = word.partition("/")
+        if slash and (ROOT / room / "backend.py").exists() or room in ("tests", ".ci"):
+            assert (ROOT / word).exists(), word
+            if word.endswith((".sh", ".sub", "/run")):
+                subprocess.run(["bash", "-n", ROOT / word], check=True)
 
 
 def elsewhere(words: list[str], places: dict[str, str]) -> list[str]:
