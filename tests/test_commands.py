@@ -130,7 +130,8 @@ def places(tmp_path_factory, demo_data) -> dict[str, str]:
         "--data_dir DIR": demo_data, "data DIR": demo_data,
         "runs/NAME": run, "RUN…": run, "runs/A": folder / "A", "runs/B": folder / "B", "runs/C": folder / "C",
         "--checkpoint …": run, "--data_dir …": demo_data, "--backbone_path …": weights, "FILE": weights, "--out FILE": "detector.pt",
-        "--name …": "nvidia", "--name acme": "cpu", "--config …x2x8": "V100x2x8", "HOST:PORT": "localhost:29500", "alpha:29500": "localhost:29500",
+        "--name …": "nvidia", "--name acme": "cpu", "--config …": "demo", "--config …x2x8": "V100x2x8",
+        "HOST:PORT": "localhost:29500", "alpha:29500": "localhost:29500",
         "IMAGES…": photo, "photo.jpg": photo, "folder/": demo_data / "val2017",
     }  # fmt: skip
     return {name: str(value) for name, value in values.items()}
