@@ -189,6 +189,8 @@ def test_a_command_works(command, trained, places, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     if words[:3] == ["python", "-m", "base"] and len(words) == 4:  # a tool that is only named
         assert words[3] in TOOLS
+    elif how == "test":
+        named_files(words)
     elif how == "parse":
         parsed(words, monkeypatch)
     elif trained:
@@ -197,8 +199,6 @@ def test_a_command_works(command, trained, places, tmp_path, monkeypatch, capsys
         outcome(["train", *words[2:], *["--dry-run"] * ("--dry-run" not in words), *elsewhere(words, places)], capsys)
     elif words[:3] == ["python", "-m", "base"]:
         outcome(words[3:], capsys)
-    elif how == "test":
-        named_files(words)
     else:
         text = shlex.join(words).replace("python ", f"{sys.executable} ", 1)
         done = subprocess.run(["bash", "-euc", text], cwd=ROOT, env={**os.environ, "SSD_PYTHON": sys.executable}, capture_output=True, text=True)
