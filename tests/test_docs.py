@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 SITTING = ROOT / "docs" / "adding-a-backend.md"
 BLOCK = re.compile(r"^(?:`([^`\n]+)`:\n\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # the file's name, the language, the text
-DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "*/README.md") for path in ROOT.glob(pattern))
+DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "[!.]*/README.md") for path in ROOT.glob(pattern))
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -56,7 +56,20 @@ def test_every_block_is_run_compared_or_a_file():
     assert {"acme/backend.py", "acme/build.py", "acme/matcher.cpp", "acme/matcher.py"} <= {name for name, _, _ in found}
 
 
+def anchors(document: Path) -> set[str]:
+    """What a page's headings are called in links to them: lower case, without punctuation, - for a space."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
-    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
-    assert [link for link in links if not (document.parent / link).exists()] == []
+    for file, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", document.read_text(encoding="utf-8")):
+        target = document.parent / file if file else document
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+
+
+def test_the_front_page_leads_to_every_page():
+    linked = re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert set(linked) == {f"docs/{path.name}" for path in (ROOT / "docs").iterdir()}

@@ -1,6 +1,7 @@
 """`python -m base predict` and `evaluate`: from files as people have them to pictures, JSON and figures."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from base.backend import load_backend
 from base.checkpoint import Progress
 from base.config import Config
 from base.tools.detector import coco_categories, open_checkpoint
+from base.tools.predict import draw
 from base.weights import from_mlperf, to_mlperf
 from data_sets.index import AnnotationIndex
 from tests.conftest import GOLDEN
@@ -83,6 +85,12 @@ def test_pictures_and_detections(weights, pictures, tmp_path, name, capsys):
         corners[:, 2:] += corners[:, :2]
         best = want.boxes[0].numpy() * (*image.size, *image.size)
         assert np.abs(corners - best).max(1).min() < 1  # pixels
+
+
+def test_boxes_of_weights_that_ran_away_are_drawn_to_the_edges(pictures, tmp_path):
+    boxes = [[-math.inf, -1e30, math.inf, 1e30], [0.2, 0.2, 0.8, 0.8]]
+    draw(pictures / "turned.jpg", tmp_path / "drawn.jpg", boxes, [1, 1], [0.5, 0.9], ["shape"])
+    assert Image.open(tmp_path / "drawn.jpg").size == (60, 90)
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_done(weights, pictures, tmp_path, capsys):

@@ -59,18 +59,18 @@ def upright_size(file: Path) -> tuple[int, int]:
 
 
 def draw(file: Path, target: Path, boxes: list[list[float]], labels: list[int], scores: list[float], names: list[str]) -> None:
-    """Writes the picture with its boxes (ltrb in [0, 1]), the surest on top."""
+    """Writes the picture with its boxes (ltrb in [0, 1], cut off at its edges), the surest on top."""
     picture = read_rgb(file)
     brush, size = ImageDraw.Draw(picture), picture.size
     font = ImageFont.load_default(max(11, min(size) // 40))
     for box, label, score in reversed(list(zip(boxes, labels, scores, strict=True))):
-        left, top, right, bottom = (value * side for value, side in zip(box, (*size, *size), strict=True))
+        left, top, right, bottom = (min(max(value, 0.0), 1.0) * side for value, side in zip(box, (*size, *size), strict=True))
         red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(label * 0.618 % 1, 0.85, 0.9))
         brush.rectangle((left, top, max(left, right), max(top, bottom)), outline=(red, green, blue), width=max(2, min(size) // 200))
         text = f"{names[label - 1]} {score:.2f}"
-        place = brush.textbbox((left + 2, max(0, top)), text, font=font)
+        place = brush.textbbox((left + 2, top), text, font=font)
         brush.rectangle((place[0] - 2, place[1] - 1, place[2] + 2, place[3] + 1), fill=(red, green, blue))
-        brush.text((left + 2, max(0, top)), text, font=font, fill="black" if red * 3 + green * 6 + blue > 1275 else "white")
+        brush.text((left + 2, top), text, font=font, fill="black" if red * 3 + green * 6 + blue > 1275 else "white")
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target, quality=90)
 
