@@ -20,9 +20,9 @@ from types import ModuleType
 import torch
 
 from measuring.figures import Figure, Log
+from measuring.ssd300 import SSD300
 from measuring.timing import Cases, Times, interleaved, ratio
 from measuring.work import (
-    SSD300,
     WORKERS,
     Case,
     Photographs,

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from base.backend import load_backend
 from base.backends import backend_folder
@@ -24,10 +23,9 @@ from base.contracts import Batch, Detections, Predictions
 from data_sets.index import AnnotationIndex
 from data_sets.photographs import make
 from measuring.ceilings import Limit, convolutions, copying, decoding, sorting
+from measuring.ssd300 import CLASSES, SIZE, STRIDES, gflop, truth
 from measuring.timing import Cases
 
-CLASSES, SIZE, STRIDES = 81, (300, 300), (1, 1, 2, 2, 2, 1)
-SSD300 = {"num_classes": CLASSES, "image_size": SIZE, "strides": STRIDES, "backbone": "resnet34"}
 TARGET_BYTES = 4 * 4 + 8  # of a default box: float32 offsets, an int64 label
 WORKERS = 2
 
@@ -41,14 +39,6 @@ class Case:
     unit: str
     limits: tuple[Limit, ...]
     given: SimpleNamespace = field(default_factory=SimpleNamespace)
-
-
-def truth(images: int, boxes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same random boxes (N, M, 4) ltrb and labels (N, M) each time."""
-    generator = torch.Generator().manual_seed(1)
-    corner = torch.rand(images, boxes, 2, generator=generator) * 0.8
-    size = 0.02 + torch.rand(images, boxes, 2, generator=generator) * 0.18
-    return torch.cat([corner, corner + size], -1), torch.randint(1, CLASSES, (images, boxes), generator=generator)
 
 
 def demo() -> Config:
@@ -65,15 +55,6 @@ def demo_model() -> dict:
 @cache
 def default_boxes(side: int = SIZE[0]) -> DefaultBoxes:
     return load_backend("reference").model(num_classes=2, image_size=(side, side), strides=STRIDES, backbone="resnet18").default_boxes
-
-
-def gflop(model: dict) -> float:
-    """Operations of an image's forward and backward pass through the reference's model, in 1e9."""
-    ssd = load_backend("reference").model(**model).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        found = ssd(torch.empty(1, 3, *model["image_size"], device="meta"))
-        (found.offsets.sum() + found.logits.sum()).backward()
-    return counter.get_total_flops() / 1e9
 
 
 def by_copying(size: float, what: str) -> tuple[Limit, ...]:

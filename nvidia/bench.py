@@ -40,7 +40,7 @@ from base.contracts import Batch, Predictions
 from base.errors import UserError
 from data_sets.photographs import make
 from measuring.figures import machine
-from measuring.work import CLASSES, SIZE, STEP_GFLOP, STRIDES, truth
+from measuring.ssd300 import CLASSES, SIZE, STRIDES, gflop, truth
 
 ROUNDS, BEFORE = 7, 5  # measured calls, and those before: they compile, choose algorithms, capture
 TRIED = 2, 1  # the same on a CPU, where it is only to be seen that it works
@@ -348,7 +348,8 @@ def main(arguments: list[str]) -> int:
         each = raw["step, twice the batch"] = seconds({THIS: train if isinstance(train, str) else lambda: train(larger)}, device, least=0.5)
         rates = each[THIS] if isinstance(each[THIS], str) else [2 * images / t for t in each[THIS]]
         table.append(f"| {THIS}, batch {2 * images} | {shown(rates, 1)} | |")
-        table.append(f"| the matrix product's rate, at {STEP_GFLOP} GFLOP an image | {shown([flops / STEP_GFLOP / 1e9], 1)} | |")
+        each_image = gflop({"num_classes": CLASSES, "image_size": SIZE, "strides": STRIDES, "backbone": backbone})
+        table.append(f"| the matrix product's rate, at {each_image:.4g} GFLOP an image | {shown([flops / each_image / 1e9], 1)} | |")
     asked = ", ".join(f"{name} {value}" for name, value in ASKED.items())
 
     def say(*rows: str) -> None:

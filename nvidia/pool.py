@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .kernels import LIBRARY, block, on_kernels
 from .norm import KINDS
@@ -20,12 +21,15 @@ def fits(pool: nn.Module, x: Tensor) -> bool:
     """Whether `max_pool` is this pooling of this input."""
     square = all(getattr(pool, name, None) in (value, (value, value)) for name, value in (("kernel_size", 3), ("stride", 2), ("padding", 1)))
     plain = type(pool) is nn.MaxPool2d and pool.dilation in (1, (1, 1)) and not pool.ceil_mode and not pool.return_indices
-    return square and plain and on_kernels(x) and x.dim() == 4 and x.dtype in KINDS and x.numel() > 0
+    return square and plain and x.dim() == 4 and x.dtype in KINDS and x.numel() > 0
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """(N, C, H, W) → (N, C, rows, columns), both in channels-last memory; what is not a number passes, as in torch."""
-    return max_pool_op(x)[0]
+    """(N, C, H, W) → (N, C, rows, columns), both in channels-last memory; what is not a number passes, as in torch.
+
+    On the CPU without Triton's interpreter torch does it.
+    """
+    return max_pool_op(x)[0] if on_kernels(x) else functional.max_pool2d(x, 3, 2, 1)
 
 
 def _grid(cells: int, channels: int, images: int, on: Tensor) -> tuple[int, int, int]:

@@ -22,11 +22,16 @@ def fits(convolution: nn.Module, images: Tensor) -> bool:
     """Whether `stem` is this convolution of these images; gradients of images are left to torch."""
     shapes = {"kernel_size": (7, 7), "stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "in_channels": 3, "groups": 1, "bias": None}
     same = type(convolution) is nn.Conv2d and all(getattr(convolution, name) == value for name, value in shapes.items())
-    return same and on_kernels(images) and images.dim() == 4 and images.dtype in KINDS and not images.requires_grad
+    return same and images.dim() == 4 and images.dtype in KINDS and not images.requires_grad
 
 
 def stem(images: Tensor, weight: Tensor) -> Tensor:
-    """Images (N, 3, H, W) and a weight (C, 3, 7, 7) → (N, C, rows, columns), in the dtype that autocast, if on, gives."""
+    """Images (N, 3, H, W) and a weight (C, 3, 7, 7) → (N, C, rows, columns), in the dtype that autocast, if on, gives.
+
+    On the CPU without Triton's interpreter torch does it.
+    """
+    if not on_kernels(images):
+        return functional.conv2d(images, weight, stride=2, padding=3)
     eight = functional.pad(weight, (0, 1, 0, 1))  # the weight that is added meets a pixel that is there, and is 0
     folded = eight.reshape(-1, 3, 4, 2, 4, 2).permute(0, 3, 5, 1, 2, 4).reshape(-1, 12, 4, 4)
     padded = functional.pad(folded, (0, 0, 0, 0, 0, CHANNELS - 12))

@@ -13,7 +13,7 @@ from base.backend import load_backend
 from base.contracts import Batch
 from base.distributed import Ranks
 from base.tools.ranks import on_ranks
-from measuring.work import truth
+from measuring.ssd300 import truth
 from planning.formulas import Link, Network, Work, fitted
 
 BACKWARD = 63.03 / 94.75  # of a step: GFLOP of SSD300-ResNet34's backward pass, of forward and backward together

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from base.__main__ import main as tool
 from base.backends import DEFAULT_BACKEND
 from base.errors import UserError
-from measuring import bench, guard, parts, work
+from measuring import bench, guard, parts, ssd300, work
 from measuring.ceilings import Ceiling, Limit
 from measuring.figures import Figure, table
 from measuring.growth import AXES, Growth, fitted, in_words
@@ -46,7 +46,7 @@ def test_ratios_are_medians_of_rounds_and_the_tightest_limit_binds():
 
 
 def test_what_work_takes_of_the_machine():
-    assert work.gflop(work.SSD300) == pytest.approx(94.75, abs=0.005)
+    assert ssd300.gflop(ssd300.SSD300) == pytest.approx(94.75, abs=0.005)
     (copy,) = work.matcher_case(["reference"], 2, 7).limits
     assert copy.need == pytest.approx(8739 * 24 / 1e9)
 

@@ -8,7 +8,7 @@ import pytest
 from base.backend import backend_folder, list_backends
 from base.config import RECIPES, Config, list_configs, resolve
 from base.schedule import evaluates_after, scaled_rate
-from planning.scaling import CONVERGENCE
+from planning.formulas import CONVERGENCE
 from tests.conftest import ROOT
 from tests.test_docs import BLOCK
 

@@ -125,6 +125,13 @@ def test_a_first_step_that_was_skipped_leaves_no_momentum():
     torch.testing.assert_close(weight.detach(), torch.full((1000,), 1 - 0.1 * 2 - 0.1 * 2 * 1.9))
 
 
+def test_the_bench_needs_little_more_than_torch():
+    """What a bare GPU machine lacks is not imported."""
+    lacking = ("pydantic", "rich", "pycocotools", "mlperf_logging", "pytest", "nvidia.dali")
+    program = f"import sys; sys.modules.update(dict.fromkeys({lacking})); import base.backends.nvidia.bench"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 @pytest.mark.long
 def test_the_bench_works(tmp_path):
     """On the CPU and little work: its figures say nothing."""
@@ -132,7 +139,7 @@ def test_the_bench_works(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "cpu.md").read_text()
-    kernels = "prologue", "matcher", "loss, forward", "first convolution", "decoder", "norm + add"
-    for row in (*kernels, "this backend", "without graph", "compiled model", "native loader", "dali loader"):
+    kernels = "prologue", "matcher", "loss, forward", "first convolution", "pooling", "decoder", "norm + add"
+    for row in (*kernels, "this backend", "without graph", "native loader", "dali loader"):
         assert re.search(rf"^\| .*{re.escape(row)}.*\d", text, re.M), text
     assert "not measured" not in text and set(json.loads((tmp_path / "cpu.json").read_text())) == {"about", "seconds"}
