@@ -6,8 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from data_sets.photographs import make
 from measuring.figures import Figure, Log
+from measuring.photographs import make
 
 SIZE, BATCH, STEPS, MOST_GB = 1200, 2, 4, 8.0
 PART = f"""training at {SIZE}×{SIZE}, strides 3 3 2 2 2 2, ResNet-34, 81 classes, batch {BATCH}, {STEPS} steps and an evaluation of 16 images

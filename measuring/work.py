@@ -21,8 +21,8 @@ from base.boxes import DefaultBoxes
 from base.config import Config, resolve
 from base.contracts import Batch, Detections, Predictions
 from data_sets.index import AnnotationIndex
-from data_sets.photographs import make
 from measuring.ceilings import Limit, convolutions, copying, decoding, sorting
+from measuring.photographs import make
 from measuring.ssd300 import CLASSES, SIZE, STRIDES, gflop, truth
 from measuring.timing import Cases
 

@@ -38,8 +38,8 @@ from triton.errors import TritonError
 
 from base.contracts import Batch, Predictions
 from base.errors import UserError
-from data_sets.photographs import make
 from measuring.figures import machine
+from measuring.photographs import make
 from measuring.ssd300 import CLASSES, SIZE, STRIDES, gflop, truth
 
 ROUNDS, BEFORE = 7, 5  # measured calls, and those before: they compile, choose algorithms, capture

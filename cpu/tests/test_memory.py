@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from data_sets.photographs import make
+from measuring.photographs import make
 from tests.conftest import ROOT
 
 pytest.importorskip("base.backends.cpu._images", reason="the native parts are not built: python3 prepare.py --name cpu", exc_type=ImportError)

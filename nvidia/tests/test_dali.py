@@ -16,7 +16,7 @@ from PIL import Image
 from base.contracts import Batch
 from base.errors import UserError
 from base.sampling import sample_rng
-from data_sets.photographs import photograph
+from measuring.photographs import photograph
 from tests.conftest import ROOT
 from tests.small_data import check_batch, ids, picture, samples, write_coco
 
