@@ -30,13 +30,17 @@ class Progress:
     train_seconds: float = 0.0  # of which not evaluation or checkpoints
     data_seconds: float = 0.0  # of which the first rank waited for its loader
     step_seconds: float = 0.0  # of its device in training steps
-    resumed: int = 0  # times that the run went on from a checkpoint
+    timed_steps: int = 0  # steps that the two above are of: all, unless they were not counted in a part of the run
+    resumed: int = 0  # times that the run went on from a checkpoint and came to the next
     evaluations: list[dict] = field(default_factory=list)  # {"epoch": …, "AP": …, …}
     memory_bytes: int = 0  # the most that a device had in use
     joules: float = 0.0  # that all devices drew in training
     joules_seconds: float = 0.0  # of training in which that was known, mean over devices
     unmeasured: str = ""  # why it was not known all the time; the first reason
     record_bytes: dict[str, int] = field(default_factory=dict)  # length of each record file at this point
+
+    def evaluated(self, epoch: int) -> bool:
+        return any(figures["epoch"] == epoch for figures in self.evaluations)
 
     @property
     def best(self) -> dict | None:

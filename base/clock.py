@@ -88,12 +88,14 @@ def between(before: Any, after: Any) -> float:
 
 def whole_run(progress, images: int, run_seconds: float | None, reached: bool) -> dict[str, float | None]:
     """A run's times in seconds and its ``images`` a second within each of three boundaries; None is not measured."""
-    boundaries = {"raw": run_seconds, "training": progress.train_seconds, "compute": progress.step_seconds}
+    timed = progress.timed_steps == progress.step
+    boundaries = {"raw": run_seconds, "training": progress.train_seconds, "compute": progress.step_seconds if timed else None}
     return {
         "images": images,
         "run_seconds": run_seconds,
         "target_seconds": run_seconds if reached else None,
-        **{key: round(getattr(progress, key), 3) for key in ("train_seconds", "data_seconds", "step_seconds")},
+        "train_seconds": round(progress.train_seconds, 3),
+        **{key: round(getattr(progress, key), 3) if timed else None for key in ("data_seconds", "step_seconds")},
         **{f"images_per_second_{name}": round(images / seconds, 3) if seconds else None for name, seconds in boundaries.items()},
         "resumed": progress.resumed,
     }

@@ -135,6 +135,12 @@ def device_for(backend, wanted: str) -> str:
     return kind
 
 
+def one_device(backend, wanted: str) -> torch.device:
+    """`device_for`, and of a ``wanted`` such as cuda:1 the second of them."""
+    kind, sign, number = wanted.partition(":")
+    return torch.device(device_for(backend, kind) + sign + number)
+
+
 def check_cards(backend, names: list[str]) -> None:
     """Raises UserError if a device's name does not begin as ``backend.cards`` says: another vendor's torch has the same device type."""
     if other := [name for name in names if backend.cards and not re.match(backend.cards, name)]:

@@ -135,10 +135,10 @@ def write_start(folder: Path, resolved: Resolved, backend: str, suppliers: dict[
     _write(folder, "environment.json", _json({**environment(device), "backend": backend, "components": dict(suppliers)}))
 
 
-def keep_config(folder: Path, resolved: Resolved, backend: str) -> None:
-    """The least that --resume needs to know of a run, in a folder that does not have it yet. Raises UserError."""
+def keep_config(folder: Path, resolved: Resolved, backend: str, changed: bool = False) -> None:
+    """The least that --resume needs to know of a run, in a folder that does not have it yet; ``changed``: or has it otherwise. Raises UserError."""
     for name, text in (("config.yaml", config_text(resolved, backend)), ("environment.json", _json({"backend": backend}))):
-        if not (folder / name).exists():
+        if changed or not (folder / name).exists():
             _write(folder, name, text)
 
 

@@ -159,6 +159,8 @@ def set_up(
     )  # fmt: skip
     if hasattr(step, "clock"):
         step.clock = state.clock
+    if state.clock.missing:
+        records.log(f"how long steps and their parts take is not measured: {state.clock.missing}")
     if found:
         content = found[1]
         state.progress = Progress(**content["progress"])

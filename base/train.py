@@ -58,7 +58,7 @@ def train(state: Run) -> bool | None:
     config, progress = state.config, state.progress
     state.records.display.start(progress.step, state.total_steps)
     epoch, done = divmod(progress.step, state.steps_per_epoch)
-    if done == 0 and epoch > 0 and evaluates_after(config, epoch) and not evaluated(progress, epoch):
+    if done == 0 and epoch > 0 and evaluates_after(config, epoch) and not progress.evaluated(epoch):
         epoch, done = epoch - 1, state.steps_per_epoch  # it ended between an epoch's last step and its evaluation
     reached = target_reached(config, progress)
     while progress.step < state.total_steps and not reached or done:
@@ -71,7 +71,7 @@ def train(state: Run) -> bool | None:
             state.records.mlperf.epoch_stop(epoch + 1)
             save(state)
         reached, last = target_reached(config, progress), progress.step >= state.total_steps
-        if not reached and (evaluates_after(config, epoch + 1) or last) and not evaluated(progress, epoch + 1):
+        if not reached and (evaluates_after(config, epoch + 1) or last) and not progress.evaluated(epoch + 1):
             if not evaluate_epoch(state, epoch + 1):
                 return None
             reached = target_reached(config, progress)
@@ -151,7 +151,7 @@ def exchange(state: Run, failure: UserError | None) -> bool:
         first = next(filter(None, state.ranks.gathered(failure)))
         raise AgreedError(str(first), first.code)
     if results:
-        collect(state)
+        state.progress.train_seconds -= collect(state)  # which the loop's lap counts as training
     return stops > 0
 
 
@@ -161,6 +161,7 @@ def settle(state: Run, leave: int) -> None:
         number, rate, image_ids, loss, waited, marks = state.launched.popleft()
         value = loss.item()
         state.progress.step_seconds += state.clock.add(marks, last=not state.launched)
+        state.progress.timed_steps += bool(marks)
         finite = value == value and abs(value) != float("inf")
         total, broken = state.ranks.sums([value if finite else 0.0, float(not finite)])
         if broken:
@@ -235,13 +236,15 @@ def evaluate_epoch(state: Run, epoch: int) -> bool:
     return True
 
 
-def collect(state: Run) -> None:
-    """Waits for the evaluation in the background, if there is one, and records it."""
+def collect(state: Run) -> float:
+    """Waits for the evaluation in the background, if there is one, and records it: → seconds that this took."""
     if state.evaluating is None:
-        return
+        return 0.0
+    entered = time.monotonic()
     (epoch, step, began, detected), state.evaluating = state.evaluating, None
     evaluation, state.evaluation = state.evaluation, None
     record_evaluation(state, epoch, step, state.ranks.first(lambda: evaluation.result()), time.monotonic() - began, detected)
+    return time.monotonic() - entered
 
 
 def record_evaluation(state: Run, epoch: int, step: int, found: dict[str, float], seconds: float, detected: float) -> None:
@@ -256,10 +259,6 @@ def record_evaluation(state: Run, epoch: int, step: int, found: dict[str, float]
     state.records.log(f"epoch {epoch}: mAP {found['AP']:.4f}, AP50 {found['AP50']:.4f} ({seconds:.1f} s)")
     if best is None or found["AP"] > best["AP"]:
         state.ranks.first(lambda: checkpoint.keep_best(state.folder, step, state.progress.evaluations))
-
-
-def evaluated(progress: Progress, epoch: int) -> bool:
-    return any(figures["epoch"] == epoch for figures in progress.evaluations)
 
 
 def target_reached(config: Config, progress: Progress) -> bool:

@@ -73,7 +73,7 @@ trial_flags() {
         echo "trial $trial of $NEXP goes on, as it was begun, in $LOGDIR/$run"
     else
         [[ ! -e $LOGDIR/$run ]] || mv "$LOGDIR/$run" "$LOGDIR/$run.not-begun-$stamp" # it ended before there was anything to go on with
-        flags=(--name "$NAME" --config "$CONFIG" "$@" --seed $((SSD_SEED + trial - 1)) --runs_dir "$results" --run_name "$run")
+        flags=(--name "$NAME" --config "$CONFIG" "$@" --seed $((SSD_SEED + trial - 1)) --runs_dir "$results" --run_name "$run" --trials 1)
         echo "trial $trial of $NEXP begins in $LOGDIR/$run, seed $((SSD_SEED + trial - 1))"
         if [[ $SSD_BACKBONE == resnet34 && -z $SSD_BACKBONE_PATH$SSD_CHECKPOINT ]]; then
             if [[ -e ${DATADIR:-}/$weights ]]; then

@@ -24,6 +24,7 @@ from measuring.figures import Figure, machine, table
 
 COMPONENTS = ("loader", "matcher", "loss", "decoder", "evaluator", "step", "train")  # functions of measuring.parts
 MODULES = ("index", "predict", "large_image")  # parts with a module of their own
+GROWTH = Path("runs/growth")
 QUICK = "QUICK: fewer rounds, smaller work, no peers and no bounds; not to be compared with full figures"
 
 
@@ -101,7 +102,8 @@ def growth(options: argparse.Namespace, about: dict[str, str]) -> int:
         raise UserError(f"--growth knows no sizes of {unknown[0]}; it is for {', '.join(able)}")
     found = list(measure(log, options.name or on_the_cpu(), options.part or able, options.quick))
     print("\n" + text(found))
-    page, data = options.out / "index.html", options.json or options.out / "growth.json"
+    folder = options.out or GROWTH
+    page, data = folder / "index.html", options.json or folder / "growth.json"
     fits = [asdict(one) | {"fits": {name: asdict(fit) for name, fit in one.fits().items()}} for one in found]
     written(page, growth_page(found, about, options.quick))
     written(data, json.dumps({"quick": options.quick, "machine": about, "growth": fits}, indent=1) + "\n")
@@ -130,12 +132,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="smaller work and fewer rounds, to see that all works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--growth", action="store_true", help="measure how the parts' costs grow, as a page too")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("runs/growth"), help="of --growth's page (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"of --growth's page (default: {GROWTH})")
     parser.add_argument("--guard", type=Path, metavar="FILE", help="hold the default work's ratios to those stored in FILE")
     parser.add_argument("--write", action="store_true", help="with --guard: store the ratios of now")
     options = parser.parse_args(arguments)
-    if options.guard and (options.growth or options.part or options.json or (options.name and not options.write)):
-        raise UserError("--guard measures its own parts of the backend in its file; leave --part, --name, --growth and --json out")
+    if options.guard and (options.growth or options.part or options.json or options.quick or options.out or (options.name and not options.write)):
+        raise UserError("--guard measures its own parts of the backend in its file; leave --part, --name, --growth, --out, --quick and --json out")
+    if options.out and not options.growth:
+        raise UserError("--out says nothing without --growth; --json FILE takes the figures")
     if options.write and not options.guard:
         raise UserError("--write says nothing without --guard FILE")
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in training (base.tools.launch); torch is not loaded yet

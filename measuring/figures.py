@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def machine() -> dict[str, str]:
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB",
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "torch": f"{version('torch')}, {os.environ.get('OMP_NUM_THREADS') or len(os.sched_getaffinity(0))} threads",
         "commit": commit or "none",
     }
 

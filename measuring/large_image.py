@@ -25,7 +25,8 @@ def measure(log: Log, names: list[str]) -> list[Figure]:
         model = ["--image_size", SIZE, SIZE, "--strides", 3, 3, 2, 2, 2, 2, "--batch_size", BATCH, "--eval_batch_size", BATCH, "--max_steps", STEPS]
         for name in names:
             log(f"{STEPS} steps by {name}")
-            flags = [text for key, value in {**data, "runs_dir": folder / name, "name": name, "workers": 2}.items() for text in (f"--{key}", value)]
+            given = {**data, "runs_dir": folder / name, "name": name, "workers": 2, "report": "false"}
+            flags = [text for key, value in given.items() for text in (f"--{key}", value)]
             command = [sys.executable, "-m", "base", "train", "--config", "CPUx1x1", "--device", "cpu", *map(str, [*flags, *model])]
             with open(folder / f"{name}.log", "w+") as said:
                 process = subprocess.Popen(command, stdout=said, stderr=said)

@@ -19,7 +19,7 @@ from measuring.figures import Figure, Log
 from measuring.parts import IMAGES, compared
 from measuring.work import Case, demo
 
-PICTURES, ROUNDS, SHARE = 1_000, 3, 0.6
+PICTURES, ROUNDS = 1_000, 3
 PART = f"""predict, {PICTURES:,} JPEGs of the demo, batches of {IMAGES}, in {ROUNDS} parts: SSD300-ResNet34 with 81 classes, and the demo's model
   predict  from the list of files to every picture drawn and written, some ten boxes each; opening the checkpoint is not timed
   forward  as many images through the model, from uint8 images in memory to logits"""

@@ -19,13 +19,14 @@ MULTIPLE = 8  # channels that a tensor core's convolution takes at a time
 ROWS, COLUMNS = 16, 128  # cells and channels of one program
 
 
-def fits(offset_heads: nn.ModuleList, class_heads: nn.ModuleList, levels: list[Tensor]) -> bool:
+def fits(offset_heads: nn.ModuleList, class_heads: nn.ModuleList, levels: list[Tensor], classes: int) -> bool:
     """Whether `apply_heads` knows such heads: two of a level look at the same cells."""
-    kinds = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+    kinds = {"kernel_size": (3, 3), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
     heads = [*offset_heads, *class_heads]
     same = all(type(head) is nn.Conv2d and head.bias is not None and all(getattr(head, k) == v for k, v in kinds.items()) for head in heads)
     together = all(a.stride == b.stride for a, b in zip(offset_heads, class_heads, strict=True))
-    return same and together and all(on_kernels(level) and level.dtype in KINDS and level.numel() > 0 for level in levels)
+    paired = all(k.out_channels == o.out_channels // 4 * classes for o, k in zip(offset_heads, class_heads, strict=True))
+    return same and together and paired and all(on_kernels(level) and level.dtype in KINDS and level.numel() > 0 for level in levels)
 
 
 def apply_heads(offset_heads: nn.ModuleList, class_heads: nn.ModuleList, levels: list[Tensor], classes: int) -> Predictions:
@@ -114,7 +115,7 @@ def place(
 ):  # fmt: skip
     """A block of cells and channels of an image: first 4 offsets of each default box, then its logits, then what fills up."""
     image = tl.program_id(2).to(tl.int64)
-    cell = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    cell = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # of large images times many classes
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (cell < cells) & (channel < channels)
     value = tl.load(output + image * cells * channels + cell * channels + channel, mask=inside, other=0.0).to(tl.float32)
@@ -133,7 +134,7 @@ def take(
 ):  # fmt: skip
     """The reverse of `place`, zeros where it fills up."""
     image = tl.program_id(2).to(tl.int64)
-    cell = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    cell = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # of large images times many classes
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (cell < cells) & (channel < channels)
     is_offset = channel < 4 * boxes

@@ -10,8 +10,9 @@ from base.contracts import Predictions, Targets
 
 from .kernels import LIBRARY, block, on_kernels
 
-ROWS = 32  # default boxes whose logits one program holds, which is one warp: its sums need no barrier
+ROWS = 32  # default boxes whose logits one program holds
 FEW = 8  # of which it may be that none takes part
+HELD = 4096  # logits that one warp holds: of COCO's classes a whole program, whose sums then need no barrier
 WHOLE = 16384  # default boxes of an image that one program looks at together
 RATIO = tl.constexpr(reference.NEGATIVES_PER_POSITIVE)
 
@@ -33,6 +34,11 @@ def multibox_loss(predictions: Predictions, targets: Targets) -> Tensor:
     return losses.mean()
 
 
+def warps(logits: int) -> int:
+    """Of a program that holds so many."""
+    return max(1, min(16, logits // HELD))
+
+
 @torch.library.custom_op(f"{LIBRARY}::multibox", mutates_args=())
 def multibox_op(offsets: Tensor, logits: Tensor, wanted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """→ each image's loss float32 (N), which default boxes' cross-entropies count uint8 (N, A), positives int32 (N).
@@ -46,8 +52,8 @@ def multibox_op(offsets: Tensor, logits: Tensor, wanted: Tensor, labels: Tensor)
     chosen = torch.empty(images, count, dtype=torch.uint8, device=logits.device)
     positives = torch.empty(images, dtype=torch.int32, device=logits.device)
     if images:
-        rows, some = images * count, block(logits, ROWS)
-        cross_entropies[(triton.cdiv(rows, some),)](logits, labels, entropies, rows, classes, some, triton.next_power_of_2(classes), num_warps=1)
+        rows, some, width = images * count, block(logits, ROWS), triton.next_power_of_2(classes)
+        cross_entropies[(triton.cdiv(rows, some),)](logits, labels, entropies, rows, classes, some, width, num_warps=warps(ROWS * width))
         whole = min(triton.next_power_of_2(count), WHOLE)
         given = offsets, wanted, labels, entropies, losses, chosen, positives
         select[(images,)](*given, count, whole, count <= whole, num_warps=max(1, min(32, whole // 256)))
@@ -68,12 +74,13 @@ def multibox_backward(
     """→ gradients of offsets and logits, in their dtype. Floor: N·A·C gradients, written once: few logits are read again."""
     logits, offsets, wanted, labels, slopes = (t.contiguous() for t in (logits, offsets, wanted, labels, slopes))
     images, count, classes = logits.shape
-    to_offsets, to_logits = torch.zeros_like(offsets), torch.zeros_like(logits)  # set by the memory itself; few rows are written again
+    to_offsets, to_logits = torch.zeros_like(offsets), torch.zeros_like(logits)  # few rows are written again
     if images:
         given = slopes, offsets, logits, wanted, labels, chosen, positives, to_offsets, to_logits
         some = block(logits, FEW)
-        sizes = images * count, count, classes, some, triton.next_power_of_2(classes)
-        gradients[(triton.cdiv(images * count, some),)](*given, *sizes, num_warps=2)
+        width = triton.next_power_of_2(classes)
+        sizes = images * count, count, classes, some, width
+        gradients[(triton.cdiv(images * count, some),)](*given, *sizes, num_warps=2 * warps(FEW * width))
     return to_offsets, to_logits
 
 

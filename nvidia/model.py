@@ -38,12 +38,12 @@ class FusedSSD(SSD):
     def apply_extra(self, block: nn.Sequential, x: Tensor) -> Tensor:
         if not on_kernels(x) or x.dtype not in KINDS:
             return super().apply_extra(block, x)
-        for convolution in block[::2]:
+        for convolution in (block[0], block[2]):
             y = functional.conv2d(x, convolution.weight, stride=convolution.stride, padding=convolution.padding)
             x = bias_relu(y, convolution.bias)
         return x
 
     def apply_heads(self, levels: list[Tensor]) -> Predictions:
-        if not heads.fits(self.offset_heads, self.class_heads, levels):
+        if not heads.fits(self.offset_heads, self.class_heads, levels, self.num_classes):
             return super().apply_heads(levels)
         return heads.apply_heads(self.offset_heads, self.class_heads, levels, self.num_classes)

@@ -108,7 +108,7 @@ class _NormReLU(torch.autograd.Function):
         ctx.save_for_backward(x, y if relu and shortcut is not None else None, mean, variance, weight, bias)
         ctx.epsilon, ctx.relu, ctx.has_shortcut, ctx.group, ctx.ranks = epsilon, relu, shortcut is not None, group, ranks
         ctx.set_materialize_grads(False)
-        return y, y.detach()
+        return y, y.detach()  # one memory for both: neither is written to
 
     @staticmethod
     @once_differentiable

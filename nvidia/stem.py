@@ -21,6 +21,7 @@ PIXELS, PARTS, LAUNCH = 32, 264, {"num_warps": 4}  # of the weight's gradient: p
 def fits(convolution: nn.Module, images: Tensor) -> bool:
     """Whether `stem` is this convolution of these images; gradients of images are left to torch."""
     shapes = {"kernel_size": (7, 7), "stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "in_channels": 3, "groups": 1, "bias": None}
+    shapes["padding_mode"] = "zeros"
     same = type(convolution) is nn.Conv2d and all(getattr(convolution, name) == value for name, value in shapes.items())
     return same and images.dim() == 4 and images.dtype in KINDS and not images.requires_grad
 
@@ -37,7 +38,7 @@ def stem(images: Tensor, weight: Tensor) -> Tensor:
     padded = functional.pad(folded, (0, 0, 0, 0, 0, CHANNELS - 12))
     kind = images.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
-    return convolve(fold_images(images.to(dtype)), padded.to(dtype, memory_format=torch.channels_last))
+    return convolve(fold_images(images.to(dtype)), padded)
 
 
 @torch.library.custom_op(f"{LIBRARY}::fold_images", mutates_args=())
@@ -64,7 +65,11 @@ def _(images):
 
 @torch.library.custom_op(f"{LIBRARY}::convolve_folded", mutates_args=())
 def convolve(folded: Tensor, weight: Tensor) -> Tensor:
-    """(N, rows + 3, columns + 3, 16) and (C, 16, 4, 4) → (N, C, rows, columns) in channels-last memory."""
+    """(N, rows + 3, columns + 3, 16) and (C, 16, 4, 4) → (N, C, rows, columns) in channels-last memory, in the former's dtype.
+
+    The weight comes, and has its gradient, in its own: sums over so many pixels, times a loss scale, are too large for float16.
+    """
+    weight = weight.to(folded.dtype, memory_format=torch.channels_last)
     return functional.conv2d(folded.permute(0, 3, 1, 2), weight).contiguous(memory_format=torch.channels_last)
 
 
@@ -90,12 +95,12 @@ def to_weight(folded: Tensor, slope: Tensor) -> Tensor:
         exact = "ieee" if slope.dtype is torch.float32 else "tf32"  # which is said of float32 alone
         add_products[(parts,)](folded, slope, partial, pixels, rows, columns, count, wide, 4 * CHANNELS, size, exact, **LAUNCH)
     total = partial.sum(0)[:, :count].view(4, count, 4, CHANNELS)
-    return total.permute(1, 3, 0, 2)
+    return total.permute(1, 3, 0, 2).contiguous()
 
 
 @to_weight.register_fake
 def _(folded, slope):
-    return slope.new_empty(4, slope.shape[1], 4, CHANNELS, dtype=torch.float32).permute(1, 3, 0, 2)
+    return slope.new_empty(slope.shape[1], CHANNELS, 4, 4, dtype=torch.float32)
 
 
 def _keep(ctx, inputs, output):

@@ -77,9 +77,11 @@ class GraphedStep(TrainStep):
         space = self.room - boxes.shape[1]
         given = images, functional.pad(boxes, (0, 0, 0, space)), functional.pad(labels, (0, space))
         self.steps += 1
-        if self.steps <= EAGER_STEPS:
+        other = self.graph is not None and any(still.shape != now.shape for still, now in zip(self.inputs, given, strict=True))
+        if self.steps <= EAGER_STEPS or other:  # other shapes may need other kernels, which cannot be built within a capture
+            self.graph = None
             return self.eagerly(*given)
-        if self.graph is None or any(still.shape != now.shape for still, now in zip(self.inputs, given, strict=True)):
+        if self.graph is None:
             self.capture(given)
         for still, now in zip(self.inputs, given, strict=True):
             still.copy_(now)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from base.backend import load_backend
 from base.contracts import Batch, Targets
-from base.distributed import device_for
+from base.distributed import one_device
 from base.errors import UserError
 from data_sets import layout
 from data_sets.coverage import model_boxes
@@ -35,7 +35,7 @@ def batch_section(run: RunFolder, flags: argparse.Namespace) -> str:
     paths, _ = layout.find(Path(folder), {key: getattr(config, key) for key in layout.COCO_2017}, {}, ("train",))
     config = config.model_copy(update={"data_dir": str(folder), **paths})
     backend = load_backend(run.backend, config.use)
-    device = torch.device(device_for(backend, flags.device))
+    device = one_device(backend, flags.device)
     index = AnnotationIndex.open(config.path("train_annotations"))
     defaults = model_boxes(config.image_size, config.strides)
     loader = backend.train_loader(

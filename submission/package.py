@@ -26,7 +26,7 @@ TOKEN = ":::MLLOG "
 
 def main(arguments: list[str]) -> int:
     flags = parsed(arguments)
-    runs = [read(run) for given in flags.runs for run in members_of(given) or [given]]
+    runs = [read(run) for given in flags.runs for run in members_of(given, "trial") or [given]]
     check_together(runs, flags.incomplete)
     stated = {"submitter": flags.org, "division": flags.division, "status": flags.status}
     description, notes = describe(runs[0], stated, flags.system_description, flags.system)

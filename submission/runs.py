@@ -75,7 +75,7 @@ def check_together(runs: Sequence[Run], incomplete: bool) -> None:
         fix = "take the first ones, in the order in which they ran" if len(runs) > RUNS else "add runs, or --incomplete writes an unofficial folder"
         raise UserError(f"MLPerf wants {RUNS} runs of ssd, and {len(runs)} are given; {fix}")
     for other in runs[1:]:
-        if differences := _differences(runs[0], other):
+        if differences := differences_of(runs[0], other):
             raise UserError(f"the runs {runs[0].folder} and {other.folder} may differ in their seed only, and differ in {'; '.join(differences)}")
     failed = [run for run in runs if not run.reached]
     if len(failed) > ALLOWED_FAILURES or len(failed) == len(runs):
@@ -83,7 +83,7 @@ def check_together(runs: Sequence[Run], incomplete: bool) -> None:
         raise UserError(f"the target was not reached by {names}; MLPerf allows {ALLOWED_FAILURES} of {RUNS} runs to fail, as it drops the slowest")
 
 
-def _differences(first: Run, other: Run) -> list[str]:
+def differences_of(first: Run, other: Run) -> list[str]:
     """Keys in which two runs differ, with their values: of the configuration, and of the environment but for the machine's name."""
     sides = [(run.config.model_dump(mode="json"), _flat(run.facts)) for run in (first, other)]
     found = []

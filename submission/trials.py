@@ -11,7 +11,7 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.tools.finished import ended, members_of
-from submission.runs import ALLOWED_FAILURES, Run, read, score
+from submission.runs import ALLOWED_FAILURES, Run, differences_of, read, score
 
 RATES = {"images/s raw": "images_per_second_raw", "images/s training": "images_per_second_training", "images/s compute": "images_per_second_compute"}
 
@@ -20,10 +20,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m base trials", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run, or of trials")
     given = parser.parse_args(arguments).runs
-    runs = [read(run) for folder in given for run in members_of(folder) or [folder]]
+    runs = [read(run) for folder in given for run in members_of(folder, "trial") or [folder]]
     text, code = closing(runs)
     print(text)
-    if len(given) == 1 and members_of(given[0]):
+    if len(given) == 1 and members_of(given[0], "trial"):
         try:
             (given[0] / "trials.txt").write_text(f"{text}\n", encoding="utf-8")
         except OSError as error:
@@ -64,6 +64,9 @@ def _mean(runs: Sequence[Run]) -> tuple[str, int]:
     """MLPerf's Olympic mean in words, and the exit code."""
     failed = [run.folder.name for run in runs if not run.reached]
     missed = f"; the target was not reached by {', '.join(failed)}" * bool(failed)
+    for other in runs[1:]:
+        if differences := differences_of(runs[0], other):
+            return f"Olympic mean: none, {other.folder.name} differs from {runs[0].folder.name} in {differences[0]}{missed}", int(bool(failed))
     if len(runs) < 3:
         return f"Olympic mean: not measured, it takes 3 trials or more{missed}", int(bool(failed))
     if len(failed) > ALLOWED_FAILURES:

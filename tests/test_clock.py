@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from base import checkpoint
 from base.__main__ import main
-from base.clock import WARM_UP, Clock
-from base.config import Config
+from base.checkpoint import Progress
+from base.clock import WARM_UP, Clock, rows, whole_run
+from base.config import Config, Resolved, read_run
 from base.errors import UserError
-from base.tools.finished import write_report
+from base.records import keep_config
+from base.tools.detector import open_checkpoint
+from base.tools.finished import ended, members_of, write_report
+from base.tools.series import trials_of
 from formats import tensorboard
 from submission.runs import Run
 from submission.trials import closing
@@ -197,16 +202,53 @@ def test_the_closing_table_counts_as_mlperf_does(tmp_path):
     assert code == 0 and "200.0 s" in text and "the target was not reached by trial-9" in text  # it is the slowest; 2, 3 and 5 minutes are left
     assert closing([*runs, missed, missed])[1] == 1 and closing([missed])[1] == 1 and closing([runs[0], missed])[1] == 1
     assert closing(runs[:2])[1] == 0 and "takes 3 trials or more" in closing(runs[:2])[0]
+    other = trial(tmp_path / "trial-8", 1.0, target=0.1)
+    assert "none, trial-8 differs from trial-1 in target: 0.2 and 0.1" in closing([*runs, other])[0]
     text, code = closing([trial(tmp_path, 1.0, False, target=None)] * 3)
     assert code == 0 and "no target" in text
 
 
 def test_trials_stay_trials(tmp_path, capsys):
-    from base.config import Resolved
-    from base.records import keep_config
-
     keep_config(tmp_path, Resolved(Config(trials=3), {}), "reference")
     assert main(["train", "--resume", str(tmp_path), "--trials", "1"]) == 2
     assert "is a folder of trials and stays so" in capsys.readouterr().err
     assert main(["train", "--trials", "2", "--nodes", "2", "--data_dir", "x"]) == 2
     assert "trials 2 are of one node" in capsys.readouterr().err
+
+
+def test_a_folder_of_trials_knows_how_many_there_are_to_be(tmp_path):
+    three, five = (Resolved(Config(trials=number), {}) for number in (3, 5))
+    keep_config(tmp_path, three, "reference")
+    keep_config(tmp_path, five, "reference", changed=True)  # as --resume --trials 5 does
+    assert read_run(tmp_path / "config.yaml").trials == 5
+    for number in (1, 2, 3, 4):
+        keep_config(tmp_path / f"trial-{number}", three, "reference")
+    keep_config(tmp_path / "stage-1", three, "reference")
+    assert [path.name for path in members_of(tmp_path, "trial")] == [f"trial-{number}" for number in (1, 2, 3, 4)]
+    with pytest.raises(UserError, match="--trials 3: .* has 4 of them already; --trials 4 or more"):
+        trials_of(three, tmp_path)
+    assert len(trials_of(five, tmp_path)) == 5
+
+
+def test_a_last_line_that_was_cut_off_is_no_end(tmp_path):
+    line = json.dumps({"kind": "end", "AP": 0.5})
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps({'kind': 'train'})}\n{line}\n")
+    assert ended(tmp_path) == {"kind": "end", "AP": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(line[:-4])
+    assert ended(tmp_path) is None
+
+
+def test_what_was_not_timed_in_a_part_of_the_run_has_no_rate():
+    progress = Progress(step=10, train_seconds=5.0, step_seconds=2.0, timed_steps=10)
+    assert whole_run(progress, 40, 10.0, True)["images_per_second_compute"] == 20
+    progress.timed_steps = 4
+    whole = whole_run(progress, 40, 10.0, True)
+    assert whole["images_per_second_compute"] is whole["step_seconds"] is whole["data_seconds"] is None
+    assert whole["images_per_second_training"] == 8 and "not measured pure compute" in rows(whole, False)[-1][1]
+
+
+def test_results_of_a_run_on_two_devices_are_looked_at_on_one(run, tmp_path):
+    content = checkpoint.read(checkpoint.found_in(run))
+    content["config"] |= {"devices": 2, "device_ids": [1, 0]}
+    checkpoint.write(tmp_path / "two.pt", content)
+    assert open_checkpoint(tmp_path / "two.pt", "reference", "cpu:0").device == torch.device("cpu:0")

@@ -13,7 +13,7 @@ from base.backend import Backend, load_backend
 from base.backends import DEFAULT_BACKEND
 from base.config import Config, validate
 from base.contracts import Evaluator, Step
-from base.distributed import Ranks, device_for
+from base.distributed import Ranks, one_device
 from base.errors import UserError
 from base.evaluate import detect, judged, make_eval_loader
 from data_sets import layout
@@ -39,7 +39,7 @@ def flags_of_a_detector(parser: argparse.ArgumentParser) -> None:
     """The flags that every tool has which starts from a checkpoint."""
     parser.add_argument("--checkpoint", type=Path, required=True, help=CHECKPOINT)
     parser.add_argument("--name", default=DEFAULT_BACKEND, help="backend (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="torch device type (default: what the backend asks for)")
+    parser.add_argument("--device", default="auto", help="torch device, such as cpu or cuda:1 (default: what the backend asks for)")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads of the loader (default: 2)")
 
 
@@ -58,10 +58,11 @@ def open_checkpoint(path: Path, name: str, device: str = "auto", **changes) -> D
     path = checkpoint.found_in(path)
     state, content = checkpoint.read_weights(path)
     stored = content["config"] if content else Config().model_dump(mode="json")  # MLPerf's is SSD300-ResNet34 on COCO
-    config = validate({**stored, "device": device, "nodes": 1, "devices": 1, "norm_ranks": 1, "use": {}, **changes}, {})
+    alone = {"device": device.partition(":")[0], "nodes": 1, "devices": 1, "device_ids": (), "norm_ranks": 1, "use": {}}
+    config = validate({**stored, **alone, **changes}, {})
     categories = content["categories"] if content else coco_categories()
     backend = load_backend(name)
-    place = torch.device(device_for(backend, device))
+    place = one_device(backend, device)
     model = backend.model(num_classes=len(categories["ids"]) + 1, image_size=config.image_size, strides=config.strides, backbone=config.backbone)
     checkpoint.load_weights(model, state, path)
     model.to(place)

@@ -22,15 +22,15 @@ def tool(name: str, *arguments: str) -> int:
 def ended(run: Path) -> dict[str, Any] | None:
     """The last line of a run's metrics, if it came to its end."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+        last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").rstrip().rpartition("\n")[2])
+    except (OSError, ValueError):  # there is none, or its last line was cut off
         return None
-    return json.loads(lines[-1]) if lines and '"kind": "end"' in lines[-1] else None
+    return last if isinstance(last, dict) and last.get("kind") == "end" else None
 
 
-def members_of(folder: Path) -> list[Path]:
-    """The runs of a folder that holds several, in their order; none of a run's own folder."""
-    found = [(int(name[2]), path) for path in folder.glob("*-*") if (name := MEMBER.fullmatch(path.name)) and (path / "config.yaml").is_file()]
+def members_of(folder: Path, kind: str = "*") -> list[Path]:
+    """The runs of a folder that holds several, in their order, or those of a ``kind``, stage or trial; none of a run's own folder."""
+    found = [(int(name[2]), path) for path in folder.glob(f"{kind}-*") if (name := MEMBER.fullmatch(path.name)) and (path / "config.yaml").is_file()]
     return [path for _, path in sorted(found)]
 
 

@@ -139,8 +139,8 @@ def main(arguments: list[str]) -> int:
         return 0
 
 
-def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path, begin: Callable[[], None] = lambda: None) -> int:
-    """Checks one run, on all its nodes, calls ``begin`` and trains it."""
+def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path, begin: Callable[[], None] = lambda: None, page: bool = True) -> int:
+    """Checks one run, on all its nodes, calls ``begin``, trains it and, with ``page`` and as its configuration says, writes its report."""
     nodes = resolved.config.nodes
     preflight.check_flags(flags, nodes)
     try:
@@ -160,9 +160,16 @@ def start(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path
         preflight.meet_nodes(flags, name, backend, resolved.config)
     begin()
     code = supervise(lambda attempt: torchrun_arguments(flags, resolved, name, folder, attempt), resolved.config, folder)
-    if code == 0 and resolved.config.report and not flags.node_rank:
-        write_report(folder, resolved.config.device)
+    if code == 0 and page and resolved.config.report and not flags.node_rank:
+        write_report(folder, first_device(backend, resolved.config))
     return code
+
+
+def first_device(backend: Any, config: Config) -> str:
+    """That of the run's first rank, for what looks at its results."""
+    from base.distributed import device_for
+
+    return f"{device_for(backend, config.device)}:{config.device_ids[0]}" if config.device_ids else config.device
 
 
 def check(flags: argparse.Namespace, name: str, resolved: Resolved, folder: Path) -> tuple[Resolved, Any]:

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from base.config import Resolved, validate
+from base.errors import UserError
 from base.tools import launch
-from base.tools.finished import ended, tool, write_report
+from base.tools.finished import ended, members_of, tool, write_report
 from base.tools.supervise import STOPPED
 
 Member = tuple[Resolved, Path, str]  # its configuration, its folder, what it is
@@ -18,32 +19,39 @@ def train_series(flags: argparse.Namespace, name: str, resolved: Resolved, folde
     def begin() -> None:
         from base.records import keep_config
 
-        keep_config(folder, resolved, name)
+        keep_config(folder, resolved, name, changed=True)
 
     trials, again = resolved.config.trials > 1, f"go on with: bash run_training.sh --resume {folder}"
     try:
-        for run, place, what in trials_of(resolved, folder) if trials else stages_of(flags, name, resolved, folder):
+        members = trials_of(resolved, folder) if trials else stages_of(flags, name, resolved, folder)
+        for run, place, what in members:
             print(f"\n{what}", flush=True)
             if not flags.dry_run and ended(place):
                 print(f"{place} is done", flush=True)
                 continue
             flags.resume = str(place) if place.exists() else None
-            if code := launch.start(flags, name, run, place, begin):
+            if code := launch.start(flags, name, run, place, begin, page=trials):
                 print(f"{'stopped in' if code in STOPPED else 'not done:'} {place}; {again}", flush=True)
                 return code
-        if flags.dry_run:
-            return 0
-        if resolved.config.report and not flags.node_rank:
-            write_report(folder)
     except SignalException as asked:  # between two runs
         print(f"stopped; {again}", flush=True)
         return 128 + asked.sigval
+    if flags.dry_run:
+        return 0
+    if resolved.config.report and not flags.node_rank:
+        try:  # of stages only now: between two of them the other nodes would wait for the page
+            for place in [*([] if trials else [place for _, place, _ in members]), folder]:
+                write_report(place)
+        except SignalException:  # which is said; all runs are done
+            pass
     return tool("trials", str(folder)) if trials else 0
 
 
 def trials_of(resolved: Resolved, folder: Path) -> list[Member]:
     """Runs of one configuration, each with the next seed."""
     config, members = resolved.config, []
+    if (begun := len(members_of(folder, "trial"))) > config.trials:
+        raise UserError(f"--trials {config.trials}: {folder} has {begun} of them already; --trials {begun} or more goes on with it")
     for number in range(1, config.trials + 1):
         own = {"trials": 1, "seed": config.seed + number - 1}
         sources = {**resolved.sources, **dict.fromkeys(own, f"trial {number} of {config.trials}")}

@@ -40,6 +40,7 @@ def test_pooling_and_its_gradient_equal_torchs(shape, dtype):
     slope = random(*y.shape, dtype=dtype, seed=2).mul(8).round() / 8  # whose sums are exact
     assert torch.equal(*(torch.autograd.grad(result, x, slope)[0] for result in (y, want)))
     torch.library.opcheck(pool.max_pool_op, (x.detach(),))
+    torch.library.opcheck(pool.max_pool_backward, (slope, pool.max_pool_op(x.detach())[1], *x.shape[2:]))
 
 
 def test_pooling_passes_what_is_no_number_or_infinite():
@@ -69,6 +70,7 @@ def test_the_first_convolution_and_its_gradient_equal_torchs(shape):
     folded = stem.fold_images(images)
     torch.library.opcheck(stem.fold_images, (images,))
     torch.library.opcheck(stem.convolve, (folded, random(8, 16, 4, 4).requires_grad_()))
+    torch.library.opcheck(stem.to_weight, (folded, slope))
 
 
 def given_heads(classes=5, boxes=(4, 6), channels=(8, 12), sides=((5, 4), (2, 3)), stride=1):
@@ -91,7 +93,7 @@ def plain_heads(offset, kind, levels, classes):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_heads_and_their_gradients_equal_torchs(stride):
     offset, kind, levels = given_heads(stride=stride)
-    assert heads.fits(offset, kind, levels)
+    assert heads.fits(offset, kind, levels, 5)
     found, want = heads.apply_heads(offset, kind, levels, 5), plain_heads(offset, kind, levels, 5)
     assert all(a.shape == b.shape and a.is_contiguous() and torch.allclose(a, b, atol=1e-5) for a, b in zip(found, want, strict=True))
     slopes = [random(*t.shape, seed=3) for t in want]
@@ -99,13 +101,14 @@ def test_heads_and_their_gradients_equal_torchs(stride):
     pairs = zip(*(torch.autograd.grad(list(result), inputs, slopes) for result in (found, want)), strict=True)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
     outputs = [random(2, 40 if n == 4 else 56, 3, 2) for n in (4, 6)]
+    torch.library.opcheck(heads.gather_backward, (random(2, 60, 4), random(2, 60, 5), [40, 3, 2, 56, 3, 2], [4, 6]))
     torch.library.opcheck(heads.gather, (outputs, [random(9 * n) for n in (4, 6)], [4, 6], 5))
 
 
 def test_heads_that_look_at_different_cells_are_left_to_torch():
     offset, _, levels = given_heads(stride=1)
     _, kind, _ = given_heads(stride=2)
-    assert not heads.fits(offset, kind, levels)
+    assert not heads.fits(offset, kind, levels, 5)
 
 
 def test_the_whole_model_and_its_gradients_are_the_references():
