@@ -38,7 +38,12 @@ def main(arguments: list[str]) -> int:
         print(f"error: no tool is called {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(TOOLS[name][0]).main(rest) or 0
+        tool = importlib.import_module(TOOLS[name][0])
+    except ModuleNotFoundError as error:
+        print(f"error: {sys.executable} has no {error.name}: source .venv/bin/activate, or first python3 prepare.py", file=sys.stderr)
+        return 2
+    try:
+        return tool.main(rest) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code

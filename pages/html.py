@@ -33,6 +33,7 @@ pre { margin: 0; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywher
 .beside > * { min-width: 0; }
 .beside h3 { margin-top: .2rem; }
 .scroll { overflow: auto; max-height: 48rem; margin-top: .6rem; }
+@media (max-width: 40rem) { .scroll { max-height: 80rem; } }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .22rem .9rem .22rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); font-weight: 400; }
 th:first-child { text-align: left; min-width: 7rem; overflow-wrap: anywhere; }

@@ -1,6 +1,7 @@
 """The tools of ``python -m base``: their help, `config`, and what `evaluate` refuses."""
 
 import pickle
+import re
 import subprocess
 import sys
 
@@ -76,3 +77,8 @@ def test_evaluate_refuses_what_is_no_checkpoint(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'x.pt'} is")
     assert tool(["evaluate", "--checkpoint", str(tmp_path / "none.pt")]) == 2
     assert "none.pt does not exist" in capsys.readouterr().err
+
+
+def test_a_python_that_is_not_the_environments_is_told_where_that_is():
+    done = subprocess.run([sys.executable, "-S", "-m", "base", "report", "runs"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and re.fullmatch(r"error: \S+ has no \w+: source .venv/bin/activate.*prepare.py\n", done.stderr)
