@@ -163,7 +163,7 @@ def test_what_pyxis_is_given(tmp_path, demo_data):
     assert step[:5] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--cpu-bind=none"] and step[5:7] == container
     assert step[7:9] == ["bash", "-c"] and '--node-rank "$SLURM_NODEID"' in step[9] and step[10] == "/workspace/ssd/run_training.sh"
     flags = ["--name", "reference", "--config", "DGX1_multinode", "--runs_dir", "a b", "--seed", "1", "--runs_dir", "/results"]
-    flags += ["--run_name", "reference-DGX1_multinode_1", "--data_dir", "/data"]
+    flags += ["--run_name", "reference-DGX1_multinode_1", "--trials", "1", "--data_dir", "/data"]
     assert step[11:] == [*flags, "--rdzv-endpoint", "10.0.0.1:22345", "--rdzv-id", "job-12345"]
 
 
