@@ -79,16 +79,22 @@ def line_of(mean, variance, weight, bias, channel, exists, epsilon):
 
 
 @triton.jit
+def block_of(rows, count, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """This program's channels, which of them and of its numbers exist, and where the latter are: behind ``start``, which may be far."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < count
+    inside = (tl.program_id(0) * ROWS + tl.arange(0, ROWS) < rows)[:, None] & exists[None, :]
+    start = tl.program_id(0).to(tl.int64) * (ROWS * count)
+    return channel, exists, inside, start, tl.arange(0, ROWS)[:, None] * count + channel[None, :]
+
+
+@triton.jit
 def apply(
     x, shortcut, mean, variance, weight, bias, y, epsilon, rows, count, ROWS: tl.constexpr, CHANNELS: tl.constexpr, ADD: tl.constexpr,
     RELU: tl.constexpr
 ):  # fmt: skip
     """y of a block. Floor: the bytes of x, y and the shortcut, if there is one."""
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < count
-    inside = (tl.program_id(0) * ROWS + tl.arange(0, ROWS) < rows)[:, None] & exists[None, :]
-    start = tl.program_id(0).to(tl.int64) * (ROWS * count)
-    place = tl.arange(0, ROWS)[:, None] * count + channel[None, :]
+    channel, exists, inside, start, place = block_of(rows, count, ROWS, CHANNELS)
     middle, scale, summand = line_of(mean, variance, weight, bias, channel, exists, epsilon)
     z = (tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32) - middle) * scale + summand
     if ADD:
@@ -153,11 +159,7 @@ def to_input(
     MODE: tl.constexpr
 ):  # fmt: skip
     """scale · (g - mean of g - (x - mean) / (variance + epsilon) · mean of g · (x - mean)) of a block. Floor: 3 tensors' bytes."""
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < count
-    inside = (tl.program_id(0) * ROWS + tl.arange(0, ROWS) < rows)[:, None] & exists[None, :]
-    start = tl.program_id(0).to(tl.int64) * (ROWS * count)
-    place = tl.arange(0, ROWS)[:, None] * count + channel[None, :]
+    channel, exists, inside, start, place = block_of(rows, count, ROWS, CHANNELS)
     middle, scale, summand = line_of(mean, variance, weight, bias, channel, exists, epsilon)
     spread = tl.load(variance + channel, mask=exists, other=1.0) + epsilon
     level = (tl.load(sums + channel, mask=exists, other=0.0) * share)[None, :]
